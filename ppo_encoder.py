@@ -1,0 +1,545 @@
+"""Proximal policy optimisation (PPO) on Sprites, from seven kinds of input.
+
+TO BE WRITTEN
+"""
+
+import csv
+import ctypes
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import gymnasium
+import numpy as np
+import torch
+import tyro
+from torch import nn
+
+import sprites_env
+
+
+@dataclass(frozen=True)
+class Args:
+    encoder: Literal[
+        "oracle",
+        "cnn",
+        "image_scratch",
+        "image_reconstruction",
+        "image_reconstruction_finetune",
+        "reward_prediction",
+        "reward_prediction_finetune",
+    ] = "reward_prediction"
+    """what the policy sees: true states, or images through this encoder"""
+    distractors: Literal[0, 1, 2] = 1
+    """triangles in the frame"""
+    task: Literal["follow", "repel"] = "follow"
+    """what the agent is paid for"""
+    total_steps: int = 500_000
+    """environment steps, all environments together"""
+    num_envs: int = 128
+    """environments in lockstep (N)"""
+    rollout_steps: int = 40
+    """steps of each environment between two rounds of learning (T)"""
+    epochs: int = 4
+    """passes over each rollout"""
+    minibatches: int = 8
+    """gradient steps per pass"""
+    learning_rate: float = 1e-3
+    """of Adam at the start; falls linearly to zero"""
+    gamma: float = 0.5
+    """discount factor"""
+    gae_lambda: float = 0.95
+    """decay of the advantage's trace"""
+    clip: float = 0.2
+    """how far the probability ratio may move from 1"""
+    value_coefficient: float = 0.5
+    """weight of the critic's loss"""
+    max_grad_norm: float = 0.5
+    """clipping of the gradient's norm"""
+    encoder_path: str | None = None
+    """pretrained encoder (default: that of rp_pretrain.py for the same distractors and seed)"""
+    eval_episodes: int = 200
+    """fresh episodes of each evaluation, which acts without noise"""
+    seed: int = 1
+    """of networks, environments and actions"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where there is one"""
+    torch_threads: int = 0
+    """CPU threads, 0 for PyTorch's choice; use 1 when several runs share a machine"""
+    out: str | None = None
+    """folder to write to (default: see Writes)"""
+    overwrite: bool = False
+    """redo a finished run"""
+
+
+# --- Networks --------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """Six stride-2 convolutions, 64 x 64 -> 1 x 1 pixel, then a linear map to z."""
+
+    def __init__(self, z_dim=64, batch_norm=False):
+        super().__init__()
+        layers, channels = [], (1, 4, 8, 16, 32, 64, 128)
+        for c_in, c_out in zip(channels[:-1], channels[1:]):
+            norm = [nn.BatchNorm2d(c_out)] if batch_norm else []
+            layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), *norm, nn.ReLU()]
+        self.convolutions = nn.Sequential(*layers)
+        self.to_z = nn.Linear(128, z_dim)
+        orthogonal_(self)
+
+    def forward(self, frames):  # float (B, 1, 64, 64) in [0, 1]
+        h = self.convolutions(frames)  # (B, 128, 1, 1)
+        return self.to_z(h.flatten(1))  # (B, Z)
+
+
+class CNN(nn.Module):
+    """Three stride-2 convolutions with 16 kernels each, flattened: the paper's `cnn`."""
+
+    def __init__(self):
+        super().__init__()
+        layers, channels = [], (1, 16, 16, 16)
+        for c_in, c_out in zip(channels[:-1], channels[1:]):
+            layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.ReLU()]
+        self.convolutions = orthogonal_(nn.Sequential(*layers))
+
+    def forward(self, frames):  # float (B, 1, 64, 64) in [0, 1]
+        return self.convolutions(frames).flatten(1)  # (B, 16, 8, 8) -> (B, 1024)
+
+
+class Standardize(nn.Module):
+    """(x - mean) / sd, with constants measured once, under random actions (see `calibrate`)."""
+
+    def __init__(self, x):  # (M, D), or (M,) for a scalar
+        super().__init__()
+        sd = x.std(0)
+        self.register_buffer("mean", x.mean(0))
+        self.register_buffer("sd", sd.clamp(min=0.1 * sd.mean().item()))
+
+    def forward(self, x):
+        return (x - self.mean) / self.sd
+
+    def inverse(self, y):
+        return y * self.sd + self.mean
+
+
+def mlp(size_in, hidden, size_out):
+    """A multilayer perceptron of three layers."""
+    layers = [nn.Linear(size_in, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
+    return orthogonal_(nn.Sequential(*layers, nn.Linear(hidden, size_out)))
+
+
+def orthogonal_(module, gain=math.sqrt(2)):
+    """Orthogonal weights and zero biases. With PyTorch's default, the signal all but vanishes on
+    its way through six stride-2 layers, and nothing is learnt for thousands of updates."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.orthogonal_(layer.weight, gain)
+            nn.init.zeros_(layer.bias)
+    return module
+
+
+class ActorCritic(nn.Module):
+    """Two separate MLPs on the same standardised representation z; the sd is no function of it."""
+
+    def __init__(self, encoder, z, returns, action_dim):  # z (M, Z) and returns (M,) to calibrate
+        super().__init__()
+        self.encoder = encoder
+        self.standardize, self.return_scale = Standardize(z), Standardize(returns)
+        self.actor, self.critic = mlp(z.shape[1], 64, action_dim), mlp(z.shape[1], 64, 1)
+        nn.init.orthogonal_(self.actor[-1].weight, 0.01)  # start with actions around zero
+        self.log_std = nn.Parameter(torch.full((action_dim,), -0.5))
+
+    def features(self, x):  # (B, 1, 64, 64) in [0, 1], or states (B, 4 K)
+        return self.standardize(self.encoder(x))  # (B, Z)
+
+    def value(self, z):  # (B, Z)
+        return self.return_scale.inverse(self.critic(z)[:, 0])  # (B,), in units of reward
+
+
+# --- The algorithm: pure functions of tensors ------------------------------------------------
+
+
+def gaussian_log_prob(actions, mean, log_std):
+    """log π(a|s) of a diagonal Gaussian. actions, mean (B, A), log_std (A,) -> (B,)."""
+    z = (actions - mean) / log_std.exp()
+    return -(0.5 * z.square() + log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def generalized_advantages(rewards, values, next_values, ended, gamma, lam):
+    """Âₜ = δₜ + γλ (1 − endedₜ) Âₜ₊₁ with δₜ = rₜ + γ V(sₜ₊₁) − V(sₜ), eq. (1).
+
+    All (T, N). `next_values` are those of the state that followed, the last one of an episode
+    included: a time limit ends the trace (`ended` 1), not the bootstrap."""
+    delta = rewards + gamma * next_values - values
+    advantages, following = torch.zeros_like(delta), torch.zeros_like(delta[0])
+    for t in reversed(range(len(delta))):
+        following = delta[t] + gamma * lam * (1 - ended[t]) * following
+        advantages[t] = following
+    return advantages
+
+
+def clipped_objective(log_prob, old_log_prob, advantage, clip):
+    """E[min(ρ Â, clip(ρ, 1 − ε, 1 + ε) Â)] with ρ = π(a|s) / π_old(a|s), eq. (2); maximise.
+
+    All (B,) -> scalar; old_log_prob and advantage carry no gradient."""
+    assert log_prob.shape == old_log_prob.shape == advantage.shape
+    ratio = (log_prob - old_log_prob).exp()
+    return torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
+
+
+def value_loss(value, target):
+    """E[(V(s) − target)²], eq. (3). Both (B,), in units of the calibrated return's sd."""
+    assert value.shape == target.shape
+    return (value - target).square().mean()
+
+
+# --- Training --------------------------------------------------------------------------------
+
+
+def train(args):
+    """One PPO run; returns the content of summary.json."""
+    check_positive(args, "total_steps", "num_envs", "rollout_steps", "epochs", "minibatches")
+    check_positive(args, "learning_rate", "eval_episodes")
+    if not 0 <= args.gamma < 1:
+        raise SystemExit(f"error: --gamma must be in [0, 1), not {args.gamma}")
+    N, T = args.num_envs, args.rollout_steps
+    iterations = args.total_steps // (N * T) - 1  # the first rollout is the calibration
+    if iterations < 1:
+        raise SystemExit(f"error: --total-steps must be at least two rollouts, {2 * N * T}")
+    images = args.encoder != "oracle"
+    frozen = args.encoder in ("oracle", "reward_prediction", "image_reconstruction")
+    pretrained = None
+    if args.encoder.startswith(("reward_prediction", "image_reconstruction")):
+        pretrained = load_encoder(args)
+    out = open_run(args, f"{args.encoder}_d{args.distractors}_s{args.seed}")
+    device = prepare(args)
+
+    def make_env(num_envs):
+        observation = "image" if images else "state"
+        return sprites_env.SpritesVectorEnv(num_envs, args.distractors, observation, args.task)
+
+    def to_input(obs):  # uint8 frames or float32 states, array or tensor
+        return to_float(obs, device) if images else torch.as_tensor(obs, device=device)
+
+    if args.encoder == "oracle":
+        encoder = nn.Identity()
+    elif args.encoder == "cnn":
+        encoder = CNN()
+    else:
+        encoder = pretrained or Encoder()
+    encoder.to(device).eval()  # eval: batch normalisation, if any, keeps its pretraining statistics
+    env = make_env(N)
+    obs, z, returns = calibrate(env, encoder, to_input, T, args)
+    model = ActorCritic(encoder, z, returns, env.single_action_space.shape[0]).to(device)
+    trained = [p for name, p in model.named_parameters() if not (frozen and "encoder" in name)]
+    optimizer = torch.optim.Adam(trained, lr=args.learning_rate, eps=1e-5)
+
+    def save(path, step):
+        facts = {"model": model.state_dict(), "encoder": args.encoder, "step": step}
+        write_whole(path, lambda temporary: torch.save(facts, temporary))
+
+    log = Log(out, args.total_steps)
+    episode_return, finished_returns = np.zeros(N), []
+    for iteration in range(1, iterations + 1):
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / iterations)
+
+        # act
+        inputs, actions, log_probs, values, rewards = [], [], [], [], []
+        final_values, ended, terminated = torch.zeros(3, T, N, device=device)
+        with torch.no_grad():
+            for t in range(T):
+                z = model.features(to_input(obs))
+                mean = model.actor(z)
+                action = mean + model.log_std.exp() * torch.randn_like(mean)
+                next_obs, reward, terminations, truncations, info = env.step(action.cpu().numpy())
+
+                # store
+                inputs.append(z if frozen else torch.from_numpy(obs))  # a frozen encoder runs once
+                actions.append(action)
+                log_probs.append(gaussian_log_prob(action, mean, model.log_std))
+                values.append(model.value(z))
+                rewards.append(torch.from_numpy(reward).float().to(device))
+                over = terminations | truncations
+                if over.any():
+                    final = model.features(to_input(np.stack(info["final_obs"][over])))
+                    over_t = torch.from_numpy(over).to(device)
+                    final_values[t, over_t] = model.value(final)
+                    ended[t], terminated[t] = over_t, torch.from_numpy(terminations).to(device)
+                episode_return += reward
+                finished_returns += episode_return[over].tolist()
+                episode_return[over] = 0
+                obs = next_obs
+            values.append(model.value(model.features(to_input(obs))))
+
+            values, rewards = torch.stack(values), torch.stack(rewards)
+            # V of the state that followed: of final_obs where an episode ended, 0 if terminated.
+            next_values = torch.where(ended > 0, final_values, values[1:]) * (1 - terminated)
+            advantages = generalized_advantages(
+                rewards, values[:-1], next_values, ended, args.gamma, args.gae_lambda
+            )
+            targets = model.return_scale(advantages + values[:-1]).flatten()
+            advantages = advantages.flatten()
+            inputs, actions, log_probs = torch.cat(inputs), torch.cat(actions), torch.cat(log_probs)
+
+        # learn
+        for _ in range(args.epochs):
+            for batch in torch.randperm(T * N, device=device).chunk(args.minibatches):
+                z = inputs[batch] if frozen else model.features(to_input(inputs[batch]))
+                log_prob = gaussian_log_prob(actions[batch], model.actor(z), model.log_std)
+                advantage = advantages[batch]
+                advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+                objective = clipped_objective(log_prob, log_probs[batch], advantage, args.clip)
+                critic_loss = value_loss(model.critic(z)[:, 0], targets[batch])
+                loss = -objective + args.value_coefficient * critic_loss
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+                optimizer.step()
+
+        # report
+        if iteration * 20 // iterations > (iteration - 1) * 20 // iterations:
+            step = args.total_steps if iteration == iterations else (iteration + 1) * T * N
+            eval_returns = evaluate(model, make_env(args.eval_episodes), to_input)
+            ratio = (log_prob - log_probs[batch]).exp().detach()
+            log.report(
+                step,
+                eval_return=eval_returns.mean(),
+                train_return=np.mean(finished_returns),
+                action_sd=model.log_std.exp().mean().item(),
+                value_loss=critic_loss.item(),
+                kl=(ratio - 1 - ratio.log()).mean().item(),
+                clip_fraction=((ratio - 1).abs() > args.clip).float().mean().item(),
+            )
+            finished_returns = []
+            save(out / "checkpoint.pt", step)
+
+    summary = {
+        "eval_return_mean": eval_returns.mean(),
+        "eval_return_std": eval_returns.std(),
+        "eval_episodes": args.eval_episodes,
+        "score": sprites_env.score(eval_returns.mean(), args.task),
+        "steps": (iterations + 1) * T * N,
+        "minutes": log.minutes(),
+    }
+    plot_returns(out / "curve.png", log.rows, args)
+    save_gif(out / "rollout.gif", record(model, make_env(4), to_input))
+    write_whole(out / "summary.json", lambda t: t.write_text(json.dumps(summary, indent=1)))
+    return summary
+
+
+def calibrate(env, encoder, to_input, steps, args):
+    """A rollout of random actions, to measure how z and the discounted returns are distributed.
+
+    Returns the observation it ends at, z (M, Z) and returns (M,)."""
+    obs, _ = env.reset(seed=args.seed * 100_000)
+    rng, zs, rewards = np.random.default_rng(args.seed), [], []
+    with torch.no_grad():
+        for _ in range(steps):
+            zs.append(encoder(to_input(obs)))
+            actions = rng.uniform(-1, 1, env.action_space.shape)
+            obs, reward, *_ = env.step(actions)
+            rewards.append(torch.from_numpy(reward).float())
+    rewards = torch.stack(rewards)  # (T, N)
+    nothing, after = torch.zeros_like(rewards), torch.zeros_like(rewards)
+    after[-1] = rewards.mean() / (1 - args.gamma)  # the return from there on, roughly
+    returns = generalized_advantages(rewards, nothing, after, nothing, args.gamma, 1)
+    return obs, torch.cat(zs), returns.flatten()
+
+
+# --- Appendix: pretrained encoder, evaluation, run folder, log, pictures ---------------------
+
+
+def load_encoder(args):
+    """The pretrained encoder, from --encoder-path or from rp_pretrain.py, which is run if need
+    be: as a program of its own, so that this file needs nothing from that one."""
+    objective = args.encoder.removesuffix("_finetune")
+    folder = Path("runs/rp_pretrain") / f"{objective}_d{args.distractors}_s{args.seed}"
+    path = Path(args.encoder_path or folder / "encoder.pt")
+    if not path.exists():
+        if args.encoder_path:
+            raise SystemExit(f"error: --encoder-path {path}: no such file")
+        script = Path(__file__).with_name("rp_pretrain.py")
+        print(f"{path} is missing: running {script.name} first", flush=True)
+        command = [sys.executable, str(script), "--objective", objective, "--out", str(folder)]
+        for flag in ("distractors", "seed", "device", "torch_threads"):
+            command += ["--" + flag.replace("_", "-"), str(getattr(args, flag))]
+        if subprocess.run(command).returncode:
+            raise SystemExit("error: pretraining failed, see above")
+    try:
+        saved = torch.load(path, map_location="cpu")
+        encoder = Encoder(saved["z_dim"], saved["batch_norm"])
+        encoder.load_state_dict(saved["encoder"])
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise SystemExit(f"error: {path} holds no encoder for this script: {reason}") from None
+    if saved["distractors"] != args.distractors or saved["objective"] != objective:
+        print(f"note: this encoder is {saved['objective']}, {saved['distractors']} distractors")
+    return encoder
+
+
+@torch.no_grad()
+def evaluate(model, env, to_input):
+    """Returns (num_envs,) of one fresh episode per environment, acting without noise."""
+    obs, _ = env.reset(seed=10**9)
+    returns, over = np.zeros(env.num_envs), np.zeros(env.num_envs, bool)
+    while not over.all():
+        action = model.actor(model.features(to_input(obs)))
+        obs, reward, terminations, truncations, _ = env.step(action.cpu().numpy())
+        returns += reward * ~over
+        over |= terminations | truncations
+    return returns
+
+
+@torch.no_grad()
+def record(model, env, to_input):
+    """One episode, all environments side by side, as a list of images for `save_gif`."""
+    env.render_mode = "rgb_array"
+    obs, _ = env.reset(seed=10**9)
+    frames, over = [], np.zeros(env.num_envs, bool)
+    while not over.any():
+        border = [np.pad(image, ((4, 4), (4, 4), (0, 0))) for image in env.render()]
+        frames.append(np.concatenate(border, axis=1))
+        action = model.actor(model.features(to_input(obs)))
+        obs, _, terminations, truncations, _ = env.step(action.cpu().numpy())
+        over = terminations | truncations
+    return frames
+
+
+def save_gif(path, frames, seconds_per_frame=0.1):
+    """frames: list of uint8 (height, width, 3)."""
+    from PIL import Image
+
+    first, *rest = [Image.fromarray(frame).quantize(16) for frame in frames]
+    settings = {"save_all": True, "append_images": rest, "loop": 0}
+    settings["duration"] = int(1000 * seconds_per_frame)
+    write_whole(path, lambda temporary: first.save(temporary, **settings))
+
+
+def plot_returns(path, rows, args):
+    """The learning curve between the returns of hand-written controllers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for column, style in (("train_return", ":"), ("eval_return", "-")):
+        steps = [row["step"] for row in rows]
+        label = column.replace("_return", "uation" if column[0] == "e" else "ing")
+        axis.plot(steps, [row[column] for row in rows], style, color="C0", label=label)
+    for name, level in sprites_env.REFERENCE_RETURNS[args.task].items():
+        axis.axhline(level, color="grey", lw=0.8, ls="--")
+        axis.text(0, level, name, color="grey", fontsize=8, va="bottom")
+    axis.set(xlabel="environment steps", ylabel="return of a 40-step episode")
+    axis.set_title(f"PPO, {args.encoder}, {args.distractors} distractors, seed {args.seed}")
+    axis.legend(loc="lower right")
+    figure.tight_layout()
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))
+    plt.close(figure)
+
+
+def to_float(frames, device):
+    """uint8 (...), array or tensor -> float32 (...) in [0, 1] on the device."""
+    return torch.as_tensor(frames, device=device).float().div_(255)
+
+
+def check_positive(args, *names):
+    """End with one line if one of these arguments is not above zero."""
+    for name in names:
+        if not getattr(args, name) > 0:
+            flag = "--" + name.replace("_", "-")
+            raise SystemExit(f"error: {flag} must be positive, not {getattr(args, name)}")
+
+
+def prepare(args):
+    """Threads, seed and memory; returns the device."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("error: --device cuda, but this PyTorch finds no CUDA device")
+    if args.torch_threads > 0:
+        torch.set_num_threads(args.torch_threads)
+    torch.manual_seed(args.seed)
+    if platform.libc_ver()[0] == "glibc":
+        # Large activations come and go with every update. By default glibc hands them back to
+        # the system each time and maps them anew, page by page: up to half of the time.
+        libc = ctypes.CDLL(None)
+        M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
+        libc.mallopt(M_TOP_PAD, 1 << 28)
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def open_run(args, name):
+    """Make the run's folder and write args.json; a finished run is not overwritten unasked."""
+    out = Path(args.out or Path("runs") / Path(__file__).stem / name)
+    if (out / "summary.json").exists() and not args.overwrite:
+        raise SystemExit(f"error: {out} holds a finished run: use --overwrite, or --out FOLDER")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "summary.json").unlink(missing_ok=True)
+        versions = {module.__name__: module.__version__ for module in (np, torch, gymnasium)}
+        facts = {"arguments": asdict(args), "python": platform.python_version(), **versions}
+        facts |= {"cpu_count": os.cpu_count(), "git_commit": git_commit()}
+        write_whole(out / "args.json", lambda t: t.write_text(json.dumps(facts, indent=1)))
+    except OSError as error:
+        raise SystemExit(f"error: cannot write to {out}: {error.strerror}") from None
+    return out
+
+
+def git_commit():
+    """The commit of the folder that holds this script, or None."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None
+
+
+def write_whole(path, save):
+    """Write a file whole or not at all: `save` fills a temporary file, which is then renamed."""
+    temporary = path.with_name("unfinished_" + path.name)
+    save(temporary)
+    os.replace(temporary, path)
+
+
+class Log:
+    """Appends a row to curve.csv and prints a line at every report."""
+
+    def __init__(self, out, total):
+        self.file = open(out / "curve.csv", "w", newline="")
+        self.total, self.start, self.rows = total, time.perf_counter(), []
+
+    def report(self, step, **metrics):
+        seconds = time.perf_counter() - self.start
+        row = {"step": step, "seconds": round(seconds, 2)}
+        row |= {"steps_per_second": round(step / seconds, 1)} | metrics
+        writer = csv.DictWriter(self.file, row)
+        if not self.rows:
+            writer.writeheader()
+        writer.writerow(row)
+        self.file.flush()
+        self.rows.append(row)
+        left = seconds * (self.total / step - 1)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:4])
+        line = f"{step:,}/{self.total:,}  {step / seconds:,.0f}/s  {left:.0f} s left  {shown}"
+        print(f"\r\033[K{line}" if sys.stdout.isatty() else line, end="", flush=True)
+        print(end="" if sys.stdout.isatty() and step < self.total else "\n", flush=True)
+
+    def minutes(self):
+        return round((time.perf_counter() - self.start) / 60, 2)
+
+
+if __name__ == "__main__":
+    try:
+        train(tyro.cli(Args, description=__doc__))
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted: curve.csv and checkpoint.pt hold what was reached so far")

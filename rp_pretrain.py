@@ -1,0 +1,453 @@
+"""Pretrain an image encoder by predicting rewards, or by reconstructing images.
+
+What
+    Watch moving sprites and learn to predict several rewards at once: whatever the rewards
+    depend on must get through the encoder, whatever they do not depend on (distractors) need not.
+    Image reconstruction, the rival objective, must encode everything that covers pixels.
+    The encoder is then used by ppo_encoder.py; everything else trained here is thrown away.
+
+Paper
+    Jain, Lee & Pertsch, "Reward-Induced Representation Learning"; its successor: Yamada, Pertsch,
+    Gunjal & Lim, "Task-Induced Representation Learning", ICLR 2022, arXiv 2204.11827.
+
+Equations
+    (1)  p(r¹:ᴷ | x) = Πₖ ∫ p(rₖ | z) p(z | x) dz          one encoder, K reward heads
+    (2)  L = Σₜ Σₖ (rₖᵗ − r̂ₖᵗ)²                             reward prediction, mean over B
+    (3)  L = Σ over pixels of (x − x̂)²                     image reconstruction, mean over frames
+
+Notation
+    B batch, N conditioning frames, T predicted steps, K tasks, Z latent size, H hidden size.
+
+Differs from the paper
+    1. TO BE WRITTEN
+
+Run
+    python rp_pretrain.py --distractors 2
+    python rp_pretrain.py --objective image_reconstruction --distractors 2
+    python rp_pretrain.py --tasks agent_x
+
+Writes
+    to runs/rp_pretrain/<objective>[_<tasks>]_d<distractors>_s<seed>/:
+    args.json, curve.csv, curve.png, decoded.png (true frames above decoded ones), checkpoint.pt
+    (everything, at every report), encoder.pt (at the end: what ppo_encoder.py loads) and
+    summary.json with `mse` (mean over tasks and steps, held out), `mse_<task>`, `mse_first_step`,
+    `mse_image` (per pixel), `r2_<object>_<axis>` (linear probe on z, held out), `minutes`.
+
+Result
+    TO BE WRITTEN
+
+Try
+    TO BE WRITTEN
+"""
+
+import csv
+import ctypes
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import gymnasium
+import numpy as np
+import torch
+import tyro
+from torch import nn
+
+import sprites_env
+
+
+@dataclass(frozen=True)
+class Args:
+    objective: Literal["reward_prediction", "image_reconstruction"] = "reward_prediction"
+    """what shapes the encoder"""
+    tasks: tuple[Literal["agent_x", "agent_y", "target_x", "target_y", "follow", "repel"], ...] = (
+        "agent_x",
+        "agent_y",
+        "target_x",
+        "target_y",
+    )
+    """rewards to predict; one alone gives the paper's single-reward experiment"""
+    distractors: Literal[0, 1, 2] = 1
+    """triangles in the frame"""
+    updates: int = 10_000
+    """gradient steps"""
+    batch_size: int = 32
+    """sequences per update (B)"""
+    conditioning_frames: int = 3
+    """frames that the model sees (N)"""
+    horizon: int = 10
+    """steps whose rewards are predicted, from the first conditioning frame on (T)"""
+    learning_rate: float = 6e-3
+    """of RAdam at its peak: 5 % linear warm-up, then a cosine to zero"""
+    z_dim: int = 64
+    """size of the representation (Z)"""
+    batch_norm: bool = False
+    """batch normalisation after each convolution"""
+    seed: int = 1
+    """of the networks and of the data"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where there is one"""
+    torch_threads: int = 0
+    """CPU threads, 0 for PyTorch's choice; use 1 when several runs share a machine"""
+    out: str | None = None
+    """folder to write to (default: see Writes)"""
+    overwrite: bool = False
+    """redo a finished run"""
+
+
+# --- Networks --------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """Six stride-2 convolutions, 64 x 64 -> 1 x 1 pixel, then a linear map to z."""
+
+    def __init__(self, z_dim=64, batch_norm=False):
+        super().__init__()
+        layers, channels = [], (1, 4, 8, 16, 32, 64, 128)
+        for c_in, c_out in zip(channels[:-1], channels[1:]):
+            norm = [nn.BatchNorm2d(c_out)] if batch_norm else []
+            layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), *norm, nn.ReLU()]
+        self.convolutions = nn.Sequential(*layers)
+        self.to_z = nn.Linear(128, z_dim)
+        orthogonal_(self)
+
+    def forward(self, frames):  # float (B, 1, 64, 64) in [0, 1]
+        h = self.convolutions(frames)  # (B, 128, 1, 1)
+        return self.to_z(h.flatten(1))  # (B, Z)
+
+
+class Decoder(nn.Module):
+    """The encoder in reverse: z -> 64 x 64 pixels."""
+
+    def __init__(self, z_dim=64):
+        super().__init__()
+        channels = (128, 64, 32, 16, 8, 4, 1)
+        self.from_z = nn.Linear(z_dim, 128)
+        layers = []
+        for c_in, c_out in zip(channels[:-1], channels[1:]):
+            layers += [nn.ReLU(), nn.ConvTranspose2d(c_in, c_out, 4, stride=2, padding=1)]
+        self.convolutions = nn.Sequential(*layers)
+
+    def forward(self, z):  # (B, Z)
+        return self.convolutions(self.from_z(z)[:, :, None, None])  # (B, 1, 64, 64)
+
+
+class RewardPredictor(nn.Module):
+    """An MLP over the N codes starts an LSTM, which runs on without input; K heads read it."""
+
+    def __init__(self, z_dim, conditioning_frames, tasks, hidden=64):
+        super().__init__()
+        self.start = mlp(conditioning_frames * z_dim, 32, hidden)
+        self.lstm = nn.LSTM(1, hidden, batch_first=True)
+        self.heads = nn.ModuleList(mlp(hidden, 32, 1) for _ in range(tasks))
+
+    def forward(self, z, steps):  # (B, N, Z)
+        h0 = self.start(z.flatten(1))[None]  # (1, B, H)
+        no_input = z.new_zeros(len(z), steps, 1)
+        h, _ = self.lstm(no_input, (h0, torch.zeros_like(h0)))  # (B, T, H)
+        return torch.cat([head(h) for head in self.heads], dim=-1)  # (B, T, K)
+
+
+def mlp(size_in, hidden, size_out):
+    """A multilayer perceptron of three layers."""
+    layers = [nn.Linear(size_in, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
+    return orthogonal_(nn.Sequential(*layers, nn.Linear(hidden, size_out)))
+
+
+def orthogonal_(module, gain=math.sqrt(2)):
+    """Orthogonal weights and zero biases. With PyTorch's default, the signal all but vanishes on
+    its way through six stride-2 layers, and nothing is learnt for thousands of updates."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.orthogonal_(layer.weight, gain)
+            nn.init.zeros_(layer.bias)
+    return module
+
+
+# --- The algorithm: losses and the probe, pure functions of tensors --------------------------
+
+
+def reward_prediction_loss(predicted, rewards):
+    """L = Σₜ Σₖ (rₖᵗ − r̂ₖᵗ)², eq. (2), averaged over the batch. Both (B, T, K) -> scalar."""
+    assert predicted.shape == rewards.shape
+    return (rewards - predicted).square().sum(dim=(1, 2)).mean()
+
+
+def reconstruction_loss(decoded, frames):
+    """L = Σ over pixels of (x − x̂)², eq. (3), averaged over frames. Both (B, 1, 64, 64)."""
+    assert decoded.shape == frames.shape
+    return (frames - decoded).square().sum(dim=(1, 2, 3)).mean()
+
+
+def linear_probe(z, y, z_test, y_test, ridge=1e-6):
+    """R² on held-out data of the ridge regression z -> y: how much of y can be read off z
+    linearly. z (M, Z), y (M, D), z_test (L, Z), y_test (L, D) -> R² per column, (D,)."""
+    z, y, z_test, y_test = (x.double() for x in (z, y, z_test, y_test))
+    centre, mean = z.mean(0), y.mean(0)
+    a = z - centre
+    penalty = ridge * len(z) * torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
+    weights = torch.linalg.solve(a.T @ a + penalty, a.T @ (y - mean))
+    error = y_test - ((z_test - centre) @ weights + mean)
+    return 1 - error.square().mean(0) / y_test.var(0, correction=0)
+
+
+# --- Training --------------------------------------------------------------------------------
+
+
+def train(args):
+    """One pretraining run; returns the content of summary.json."""
+    check_positive(args, "updates", "batch_size", "conditioning_frames", "horizon", "learning_rate")
+    if not args.tasks or len(set(args.tasks)) < len(args.tasks):
+        raise SystemExit("error: --tasks needs at least one task, each named once")
+    by_reward, N, T = args.objective == "reward_prediction", args.conditioning_frames, args.horizon
+    tasks = "_" + "+".join(args.tasks) if by_reward and args.tasks != Args.tasks else ""
+    out = open_run(args, f"{args.objective}{tasks}_d{args.distractors}_s{args.seed}")
+    device = prepare(args)
+    rng = np.random.default_rng(args.seed)
+
+    encoder, decoder = (
+        Encoder(args.z_dim, args.batch_norm).to(device),
+        Decoder(args.z_dim).to(device),
+    )
+    predictor = RewardPredictor(args.z_dim, N, len(args.tasks)).to(device)
+    trained = [encoder, decoder, predictor] if by_reward else [encoder, decoder]
+    optimizer = torch.optim.RAdam(
+        [p for module in trained for p in module.parameters()], lr=args.learning_rate
+    )
+    warm_up = max(1, args.updates // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda u: min(1, (u + 1) / warm_up) * (1 + math.cos(math.pi * u / args.updates)) / 2,
+    )
+
+    def sample(generator, batch):
+        frames, _, rewards = sprites_env.sample_trajectories(
+            generator, batch, T, args.distractors, N
+        )
+        rewards = np.stack([rewards[task] for task in args.tasks], axis=-1)  # (B, T, K)
+        frames = frames.reshape(batch * N, 1, 64, 64)
+        return to_float(frames, device), torch.from_numpy(rewards).to(device)
+
+    held_out = sample(np.random.default_rng(10**9), 500)
+    probe_frames, probe_states = probe_data(args.distractors, device)
+
+    @torch.no_grad()
+    def evaluate():
+        encoder.eval()
+        frames, rewards = held_out
+        z = torch.cat([encoder(chunk) for chunk in frames.split(500)])
+        decoded = torch.cat([decoder(chunk) for chunk in z.split(500)])
+        metrics = {}
+        if by_reward:
+            error = (predictor(z.unflatten(0, (-1, N)), T) - rewards).square()
+            metrics |= {"mse": error.mean().item(), "mse_first_step": error[:, 0].mean().item()}
+            metrics |= {f"mse_{k}": e.item() for k, e in zip(args.tasks, error.mean((0, 1)))}
+        metrics["mse_image"] = (decoded - frames).square().mean().item()
+        z = torch.cat([encoder(chunk) for chunk in probe_frames.split(500)])
+        r2 = linear_probe(z[:2000], probe_states[:2000], z[2000:], probe_states[2000:])
+        names = ["agent", "target"] + [f"distractor{i + 1}" for i in range(args.distractors)]
+        metrics |= {
+            f"r2_{k}": v.item() for k, v in zip([f"{n}_{a}" for n in names for a in "xy"], r2)
+        }
+        encoder.train()
+        return metrics
+
+    def save(path):
+        modules = {"encoder": encoder, "decoder": decoder, "predictor": predictor}
+        states = {name: module.state_dict() for name, module in modules.items()}
+        facts = {"objective": args.objective, "tasks": list(args.tasks)}
+        facts |= {"distractors": args.distractors, "z_dim": args.z_dim}
+        facts |= {"batch_norm": args.batch_norm, "update": update}
+        write_whole(path, lambda temporary: torch.save(states | facts, temporary))
+
+    log, reports = Log(out, args.updates), {round(args.updates * i / 20) for i in range(21)}
+    for update in range(1, args.updates + 1):
+        # sample
+        frames, rewards = sample(rng, args.batch_size)  # (B N, 1, 64, 64), (B, T, K)
+
+        # learn
+        z = encoder(frames)  # (B N, Z)
+        if by_reward:
+            predicted = predictor(z.unflatten(0, (-1, N)), T)  # (B, T, K)
+            loss = reward_prediction_loss(predicted, rewards)
+            decoded = decoder(z[::N].detach())  # looks on: no gradient reaches the encoder
+            decoder_loss = reconstruction_loss(decoded, frames[::N])
+        else:
+            loss, decoder_loss = reconstruction_loss(decoder(z), frames), 0
+        optimizer.zero_grad()
+        (loss + decoder_loss).backward()
+        optimizer.step()
+        schedule.step()
+
+        # report
+        if update in reports:
+            metrics = evaluate()
+            log.report(update, loss=loss.item(), **metrics)
+            save(out / "checkpoint.pt")
+
+    summary = metrics | {"updates": args.updates, "minutes": log.minutes()}
+    columns = list(metrics)
+    panels = [("mean squared error, held out", [c for c in columns if c.startswith("mse")])]
+    panels += [("R² of a linear probe on z", [c for c in columns if c.startswith("r2")])]
+    plot_curve(out / "curve.png", log.rows, panels, "updates")
+    encoder.eval()
+    decoded = decoder(encoder(probe_frames[:8])).detach()
+    title = f"{args.objective}{tasks}, {args.distractors} distractors"
+    plot_decoded(out / "decoded.png", probe_frames[:8], decoded, title)
+    save(out / "encoder.pt")
+    write_whole(out / "summary.json", lambda t: t.write_text(json.dumps(summary, indent=1)))
+    return summary
+
+
+# --- Appendix: data for the probe, run folder, log, pictures ---------------------------------
+
+
+def probe_data(distractors, device):
+    """3000 frames (3000, 1, 64, 64) and the objects' positions (6000, 2 K), never trained on."""
+    states, shapes = sprites_env.sample_states(np.random.default_rng(10**9 + 1), 3000, distractors)
+    positions = states[:, :, :2]
+    frames = sprites_env.draw(positions, shapes)[:, None]
+    return to_float(frames, device), torch.from_numpy(positions.reshape(3000, -1)).to(device)
+
+
+def to_float(frames, device):
+    """uint8 (...), array or tensor -> float32 (...) in [0, 1] on the device."""
+    return torch.as_tensor(frames, device=device).float().div_(255)
+
+
+def plot_decoded(path, frames, decoded, title):
+    """Row 1: true frames (M, 1, 64, 64); row 2: what the decoder makes of their z."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, len(frames), figsize=(len(frames), 2.5), squeeze=False)
+    for row, images, label in zip(axes, (frames, decoded), ("true", "decoded from z")):
+        row[0].set_ylabel(label)
+        for axis, image in zip(row, images):
+            axis.imshow(image[0].clip(0, 1).cpu(), cmap="gray", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[])
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))
+    plt.close(figure)
+
+
+def plot_curve(path, rows, panels, x_label):
+    """One panel per (y label, names of columns); `rows` are those of curve.csv."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.5), squeeze=False)
+    for axis, (y_label, names) in zip(axes[0], panels):
+        for name in names:
+            axis.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
+        axis.set(xlabel=x_label, ylabel=y_label)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))
+    plt.close(figure)
+
+
+def check_positive(args, *names):
+    """End with one line if one of these arguments is not above zero."""
+    for name in names:
+        if not getattr(args, name) > 0:
+            flag = "--" + name.replace("_", "-")
+            raise SystemExit(f"error: {flag} must be positive, not {getattr(args, name)}")
+
+
+def prepare(args):
+    """Threads, seed and memory; returns the device."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("error: --device cuda, but this PyTorch finds no CUDA device")
+    if args.torch_threads > 0:
+        torch.set_num_threads(args.torch_threads)
+    torch.manual_seed(args.seed)
+    if platform.libc_ver()[0] == "glibc":
+        # Large activations come and go with every update. By default glibc hands them back to
+        # the system each time and maps them anew, page by page: up to half of the time.
+        libc = ctypes.CDLL(None)
+        M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
+        libc.mallopt(M_TOP_PAD, 1 << 28)
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def open_run(args, name):
+    """Make the run's folder and write args.json; a finished run is not overwritten unasked."""
+    out = Path(args.out or Path("runs") / Path(__file__).stem / name)
+    if (out / "summary.json").exists() and not args.overwrite:
+        raise SystemExit(f"error: {out} holds a finished run: use --overwrite, or --out FOLDER")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "summary.json").unlink(missing_ok=True)
+        versions = {module.__name__: module.__version__ for module in (np, torch, gymnasium)}
+        facts = {"arguments": asdict(args), "python": platform.python_version(), **versions}
+        facts |= {"cpu_count": os.cpu_count(), "git_commit": git_commit()}
+        write_whole(out / "args.json", lambda t: t.write_text(json.dumps(facts, indent=1)))
+    except OSError as error:
+        raise SystemExit(f"error: cannot write to {out}: {error.strerror}") from None
+    return out
+
+
+def git_commit():
+    """The commit of the folder that holds this script, or None."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None
+
+
+def write_whole(path, save):
+    """Write a file whole or not at all: `save` fills a temporary file, which is then renamed."""
+    temporary = path.with_name("unfinished_" + path.name)
+    save(temporary)
+    os.replace(temporary, path)
+
+
+class Log:
+    """Appends a row to curve.csv and prints a line at every report."""
+
+    def __init__(self, out, total):
+        self.file = open(out / "curve.csv", "w", newline="")
+        self.total, self.start, self.rows = total, time.perf_counter(), []
+
+    def report(self, step, **metrics):
+        seconds = time.perf_counter() - self.start
+        row = {"step": step, "seconds": round(seconds, 2)}
+        row |= {"steps_per_second": round(step / seconds, 1)} | metrics
+        writer = csv.DictWriter(self.file, row)
+        if not self.rows:
+            writer.writeheader()
+        writer.writerow(row)
+        self.file.flush()
+        self.rows.append(row)
+        left = seconds * (self.total / step - 1)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:4])
+        line = f"{step:,}/{self.total:,}  {step / seconds:,.0f}/s  {left:.0f} s left  {shown}"
+        print(f"\r\033[K{line}" if sys.stdout.isatty() else line, end="", flush=True)
+        print(end="" if sys.stdout.isatty() and step < self.total else "\n", flush=True)
+
+    def minutes(self):
+        return round((time.perf_counter() - self.start) / 60, 2)
+
+
+if __name__ == "__main__":
+    try:
+        train(tyro.cli(Args, description=__doc__))
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted: curve.csv and checkpoint.pt hold what was reached so far")

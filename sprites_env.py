@@ -1,0 +1,408 @@
+"""Sprites: a moving-shapes environment for representation learning, in one file.
+
+A round agent moves in a frame where a square target and up to several triangular distractors
+drift and bounce off the walls. The agent is paid for being close to the target (`follow`) or
+far from it (`repel`). Everything a policy needs is visible, everything else is there to distract.
+
+Source: the environment of Jain, Lee & Pertsch, "Reward-Induced Representation Learning", and of
+its successor Yamada et al. 2022 (arXiv 2204.11827); dynamics and sizes are theirs, code is ours.
+
+**Objects.** K = 2 + distractors, always in this order: agent (circle), target (square),
+distractors (triangles of four orientations, drawn with replacement). Object k has the state
+(x, y, vx, vy): position in frame widths, inside [0.1, 0.9], and velocity in frame widths per
+step, inside [-0.05, 0.05]. x counts pixel rows (downwards), y counts pixel columns (rightwards).
+
+**Observation.** `observation="image"`: uint8 (1, 64, 64), white (255) sprites on black, each
+centred on pixel floor(63 * position); overlapping sprites merge. `observation="state"`:
+float32 (4 K,), the states of the objects one after the other, in raw units.
+
+**Action.** Box(-1, 1, (2,)), clipped: 0.05 * action becomes the agent's velocity for this step.
+
+**Dynamics.** Every object moves by its velocity; one that crosses a wall of [0.1, 0.9] is
+reflected, position and velocity both. Nothing collides with anything else.
+
+**Reward**, after the step, with d the distance of agent and target: follow 1 - d / sqrt(2),
+repel d / sqrt(2).
+
+**Start and end.** All states are drawn uniformly, then everything moves once. An episode is
+truncated, never terminated, after `horizon` (40) steps: bootstrap its last value.
+
+**Returns of reference controllers** over 40 steps (`CONTROLLERS`; means over 4,000 episodes,
+regenerate with `python sprites_env.py`):
+
+    follow   random 28.2   still 28.2   centre 31.2   chase 37.95   chase_velocity 38.9
+    repel    random 11.8   still 11.8   centre  8.8   flee 19.1
+
+A return of 31 proves nothing about seeing the target. `score` maps random to 0 and
+chase_velocity (flee) to 1.
+
+**Use.** `import sprites_env`, then `gymnasium.make("Sprites-v0", distractors=1)` or
+`gymnasium.make_vec("Sprites-v0", num_envs=64, distractors=1)`. The vector environment equals
+single ones seeded seed, seed + 1, ... frame by frame. It resets in the step that ends an episode
+(`AutoresetMode.SAME_STEP`): that step returns the next episode's first observation, and
+`info["final_obs"]` (N, ...) holds the last of the old one wherever `info["_final_obs"]` (N,).
+`reset(options={"state": (K, 4), "shapes": (K,)})` starts from exactly that state (a vector
+environment takes a leading N; shapes may be left out).
+"""
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space
+
+SIZE = 64  # pixels a side
+LOW, HIGH = 0.1, 0.9  # walls for the sprites' centres
+MAX_SPEED = 0.05  # frame widths per step and axis
+SHAPES = ("square", "circle", "triangle_right", "triangle_down", "triangle_left", "triangle_up")
+AGENT, TARGET = 0, 1  # the first two objects
+
+
+# --- Dynamics and rewards: pure functions of states (..., K, 4) ------------------------------
+
+
+def move(states):
+    """Move every object by its velocity and reflect it at the walls. (..., 4) -> (..., 4)."""
+    velocity = states[..., 2:]
+    position = states[..., :2] + velocity
+    below, above = position < LOW, position > HIGH
+    position = np.where(below, 2 * LOW - position, np.where(above, 2 * HIGH - position, position))
+    return np.concatenate([position, np.where(below | above, -velocity, velocity)], axis=-1)
+
+
+def act(states, actions):
+    """One environment step: the action sets the agent's velocity, then everything moves.
+
+    states (N, K, 4), actions (N, 2) in [-1, 1] (clipped) -> new states (N, K, 4)."""
+    states = states.copy()
+    states[:, AGENT, 2:] = MAX_SPEED * np.clip(actions, -1, 1)
+    return move(states)
+
+
+def reward(states, task="follow"):
+    """follow: 1 - d / sqrt(2); repel: d / sqrt(2). states (..., K, 4) -> (...)."""
+    difference = states[..., TARGET, :2] - states[..., AGENT, :2]
+    distance = np.sqrt((difference * difference).sum(-1)) / np.sqrt(2)
+    return 1 - distance if task == "follow" else distance
+
+
+# What can be predicted in pretraining: the four position rewards of the paper, and the two tasks.
+PRETRAINING_REWARDS = {
+    "agent_x": lambda states: states[..., AGENT, 0],
+    "agent_y": lambda states: states[..., AGENT, 1],
+    "target_x": lambda states: states[..., TARGET, 0],
+    "target_y": lambda states: states[..., TARGET, 1],
+    "follow": lambda states: reward(states, "follow"),
+    "repel": lambda states: reward(states, "repel"),
+}
+
+
+def toward(states, goal):
+    """The action that moves the agent to `goal` (N, 2), as far as one step reaches."""
+    return np.clip((goal - states[:, AGENT, :2]) / MAX_SPEED, -1, 1)
+
+
+# Hand-written policies, (rng, states (N, K, 4)) -> actions (N, 2): what a learner is held against.
+CONTROLLERS = {
+    "random": lambda rng, s: rng.uniform(-1, 1, (len(s), 2)),
+    "still": lambda rng, s: np.zeros((len(s), 2)),
+    "centre": lambda rng, s: toward(s, np.full(2, 0.5)),
+    "chase": lambda rng, s: toward(s, s[:, TARGET, :2]),
+    "chase_velocity": lambda rng, s: toward(s, move(s)[:, TARGET, :2]),
+    "flee": lambda rng, s: toward(s, np.where(s[:, TARGET, :2] > 0.5, LOW, HIGH)),
+}
+REFERENCE_RETURNS = {  # of these controllers over 40 steps; the first and the last are the score
+    "follow": {"random": 28.2, "centre": 31.2, "chase": 37.95, "chase_velocity": 38.9},
+    "repel": {"random": 11.8, "flee": 19.1},
+}
+
+
+def score(episode_return, task="follow"):
+    """(return - random) / (best - random): 0 acts blindly, 1 knows the target's velocity."""
+    random, *_, best = REFERENCE_RETURNS[task].values()
+    return (episode_return - random) / (best - random)
+
+
+def sample_states(rng, batch, distractors):
+    """Start states (batch, K, 4) and shapes (batch, K), uniform; everything has moved once."""
+    return _start(rng.random((batch, 2 + distractors, 5)))
+
+
+def _start(uniform):  # (N, K, 5) in [0, 1): four numbers for the state, one for the shape
+    low, span = np.array([LOW, LOW, -MAX_SPEED, -MAX_SPEED]), np.array([0.8, 0.8, 0.1, 0.1])
+    shapes = 2 + (4 * uniform[..., 4]).astype(np.intp)
+    shapes[:, AGENT], shapes[:, TARGET] = SHAPES.index("circle"), SHAPES.index("square")
+    return move(low + span * uniform[..., :4]), shapes
+
+
+def sample_trajectories(rng, batch, length, distractors, frames=None):
+    """Reward-annotated trajectories for pretraining, in which every object, the agent too, keeps
+    its velocity and bounces.
+
+    Returns `frames` uint8 (batch, frames, 64, 64), drawn for the first `frames` steps only (all
+    if None: drawing is the cost); `states` float64 (batch, length, K, 4); `rewards`, a dict of
+    float32 (batch, length) by name of `PRETRAINING_REWARDS`."""
+    frames = length if frames is None else min(frames, length)
+    states, shapes = sample_states(rng, batch, distractors)
+    trajectory = [states]
+    for _ in range(length - 1):
+        trajectory.append(move(trajectory[-1]))
+    states = np.stack(trajectory, axis=1)
+    drawn = states[:, :frames, :, :2].reshape(batch * frames, -1, 2)
+    images = draw(drawn, np.repeat(shapes, frames, axis=0))
+    rewards = {name: f(states).astype(np.float32) for name, f in PRETRAINING_REWARDS.items()}
+    return images.reshape(batch, frames, SIZE, SIZE), states, rewards
+
+
+# --- Drawing: a row of 64 pixels is one 64-bit word ------------------------------------------
+
+
+def _sprites():
+    """The six sprites as bool (6, 12, 12); pixel (6, 6) is the centre."""
+    i, j = np.mgrid[:12, :12]
+    square = (1 <= i) & (i <= 10) & (1 <= j) & (j <= 10)
+    circle = (i - 6) ** 2 + (j - 6) ** 2 <= 16
+    right = (np.abs(2 * i - 11) <= 11 - j) & square
+    return np.stack([square, circle, right, right.T, right[:, ::-1], right.T[::-1]])
+
+
+def _sprite_words():
+    """words[shape, column, i]: row i of the sprite, centred at `column`; bit j is pixel j."""
+    words = np.zeros((len(SHAPES), SIZE, 12), "<u8")
+    for shape, sprite in enumerate(_sprites()):
+        for column in range(SIZE):
+            for i in range(12):
+                pixels = [column - 6 + j for j in range(12) if sprite[i, j]]
+                words[shape, column, i] = sum(1 << p for p in pixels if 0 <= p < SIZE)
+    return words
+
+
+_WORDS = _sprite_words()
+
+
+def draw_packed(positions, shapes):
+    """Like `draw`, packed: one bit a pixel, uint64 (N, 64), 512 bytes a frame instead of 4,096.
+
+    Drawing a sprite is OR-ing 12 words into a column of rows: no pixel is ever touched."""
+    pixel = (63 * np.asarray(positions)).astype(np.intp)  # (N, K, 2)
+    rows = np.zeros((len(pixel), SIZE + 12), "<u8")  # six rows of margin above and below
+    flat, first = rows.reshape(-1), np.arange(len(pixel)) * (SIZE + 12)
+    for k in range(pixel.shape[1]):
+        at = (first + pixel[:, k, 0])[:, None] + np.arange(12)  # (N, 12)
+        flat[at] |= _WORDS[shapes[:, k], pixel[:, k, 1]]
+    return rows[:, 6:-6]
+
+
+def unpack(packed):
+    """Packed frames, uint64 (..., 64) -> uint8 (..., 64, 64), 0 or 255."""
+    bits = np.unpackbits(np.ascontiguousarray(packed).view(np.uint8), bitorder="little")
+    return np.negative(bits, out=bits).reshape(*packed.shape, SIZE)  # -1 is 255 in uint8
+
+
+def draw(positions, shapes):
+    """Draw N frames. positions (N, K, 2) in [0, 1], shapes (N, K) indices into `SHAPES` ->
+    uint8 (N, 64, 64), 255 where a sprite is."""
+    return unpack(draw_packed(positions, shapes))
+
+
+COLOURS = np.array([(0, 114, 178), (230, 159, 0), (150, 150, 150)], np.uint8)  # Okabe-Ito
+
+
+def draw_rgb(positions, shapes, scale=4):
+    """For people: uint8 (64 scale, 64 scale, 3), blue agent over orange target over grey
+    distractors on white. positions (K, 2), shapes (K,)."""
+    image = np.full((SIZE, SIZE, 3), 255, np.uint8)
+    for k in reversed(range(len(shapes))):
+        image[draw(positions[None, k : k + 1], shapes[None, k : k + 1])[0] > 0] = COLOURS[min(k, 2)]
+    return image.repeat(scale, axis=0).repeat(scale, axis=1)
+
+
+# --- The environments ------------------------------------------------------------------------
+
+
+def _spaces(distractors, observation, task, horizon, render_mode):
+    """Check the options and return the spaces of one environment."""
+    if not (isinstance(distractors, int) and distractors >= 0):
+        raise ValueError(f"distractors must be an integer of 0 or more, not {distractors!r}")
+    if observation not in ("image", "state"):
+        raise ValueError(f"observation must be 'image' or 'state', not {observation!r}")
+    if task not in ("follow", "repel"):
+        raise ValueError(f"task must be 'follow' or 'repel', not {task!r}")
+    if not (isinstance(horizon, int) and horizon >= 1):
+        raise ValueError(f"horizon must be a positive integer, not {horizon!r}")
+    if render_mode not in (None, "rgb_array"):
+        raise ValueError(f"render_mode must be None or 'rgb_array', not {render_mode!r}")
+    if observation == "image":
+        observation_space = spaces.Box(0, 255, (1, SIZE, SIZE), np.uint8)
+    else:
+        low = np.array([LOW, LOW, -MAX_SPEED, -MAX_SPEED], np.float32)
+        high = np.array([HIGH, HIGH, MAX_SPEED, MAX_SPEED], np.float32)
+        tiles = 2 + distractors
+        observation_space = spaces.Box(np.tile(low, tiles), np.tile(high, tiles), dtype=np.float32)
+    return observation_space, spaces.Box(-1, 1, (2,), np.float32)
+
+
+def _observe(states, shapes, observation):  # (N, K, 4) -> (N, 1, 64, 64) or (N, 4 K)
+    if observation == "image":
+        return draw(states[:, :, :2], shapes)[:, None]
+    return states.reshape(len(states), -1).astype(np.float32)
+
+
+def _given_start(options, sampled, shapes):
+    """The start that `reset(options=...)` asks for, checked; sampled (N, K, 4), shapes (N, K)."""
+    states = np.array(options.get("state", sampled), dtype=np.float64)
+    shapes = np.array(options.get("shapes", shapes), dtype=np.intp)
+    if states.shape != sampled.shape or shapes.shape != sampled.shape[:-1]:
+        raise ValueError(
+            f"reset: state must have shape {sampled.shape}, shapes {sampled.shape[:-1]}, "
+            f"not {states.shape} and {shapes.shape}"
+        )
+    position, velocity = states[..., :2], states[..., 2:]
+    if not (
+        (np.abs(position - 0.5) <= 0.4 + 1e-6) & (np.abs(velocity) <= MAX_SPEED + 1e-6)
+    ).all():  # the slack admits states that went through float32
+        raise ValueError(
+            f"reset: positions must be in [{LOW}, {HIGH}], velocities within {MAX_SPEED}"
+        )
+    if not ((0 <= shapes) & (shapes < len(SHAPES))).all():
+        raise ValueError(f"reset: shapes must be indices into {SHAPES}")
+    return states, shapes
+
+
+def _checked(actions, shape):
+    actions = np.asarray(actions, dtype=np.float64)
+    if actions.shape != shape or not np.isfinite(actions).all():
+        raise ValueError(f"action must be {shape} finite numbers, not {actions}")
+    return actions
+
+
+class SpritesEnv(gym.Env):
+    """One environment. Specification: this module's docstring."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
+
+    def __init__(
+        self, distractors=0, observation="image", task="follow", horizon=40, render_mode=None
+    ):
+        self.observation_space, self.action_space = _spaces(
+            distractors, observation, task, horizon, render_mode
+        )
+        self.distractors, self.observation, self.task = distractors, observation, task
+        self.horizon, self.render_mode = horizon, render_mode
+        self.states = self.shapes = None  # (1, K, 4) and (1, K) once reset
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.states, self.shapes = sample_states(self.np_random, 1, self.distractors)
+        if options:
+            states, shapes = _given_start(options, self.states[0], self.shapes[0])
+            self.states, self.shapes = states[None], shapes[None]
+        self.elapsed = 0
+        return _observe(self.states, self.shapes, self.observation)[0], {}
+
+    def step(self, action):
+        if self.states is None:
+            raise RuntimeError("call reset before step")
+        self.states = act(self.states, _checked(action, (2,))[None])
+        self.elapsed += 1
+        obs = _observe(self.states, self.shapes, self.observation)[0]
+        return (
+            obs,
+            float(reward(self.states[0], self.task)),
+            False,
+            self.elapsed >= self.horizon,
+            {},
+        )
+
+    def render(self):
+        if self.render_mode == "rgb_array":
+            return draw_rgb(self.states[0, :, :2], self.shapes[0])
+
+
+class SpritesVectorEnv(gym.vector.VectorEnv):
+    """`num_envs` environments in lockstep, as arrays. Specification: this module's docstring."""
+
+    metadata = {
+        "render_modes": ["rgb_array"],
+        "render_fps": 20,
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+    }
+
+    def __init__(
+        self,
+        num_envs=1,
+        distractors=0,
+        observation="image",
+        task="follow",
+        horizon=40,
+        render_mode=None,
+    ):
+        if not (isinstance(num_envs, int) and num_envs >= 1):
+            raise ValueError(f"num_envs must be a positive integer, not {num_envs!r}")
+        self.num_envs = num_envs
+        self.single_observation_space, self.single_action_space = _spaces(
+            distractors, observation, task, horizon, render_mode
+        )
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.distractors, self.observation, self.task = distractors, observation, task
+        self.horizon, self.render_mode = horizon, render_mode
+        self.generators = None  # one per environment, drawn from only at a start
+        self.states = self.shapes = None  # (N, K, 4) and (N, K) once reset
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None or self.generators is None:
+            if seed is None or isinstance(seed, (int, np.integer)):
+                seed = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
+            if len(seed) != self.num_envs:
+                raise ValueError(f"reset: {len(seed)} seeds for {self.num_envs} environments")
+            self.generators = [gym.utils.seeding.np_random(s)[0] for s in seed]
+        self._restart()
+        if options:
+            self.states, self.shapes = _given_start(options, self.states, self.shapes)
+        return _observe(self.states, self.shapes, self.observation), {}
+
+    def _restart(self):
+        uniform = np.empty((self.num_envs, 2 + self.distractors, 5))
+        for generator, row in zip(self.generators, uniform):
+            generator.random(out=row)
+        self.states, self.shapes = _start(uniform)
+        self.elapsed = 0
+
+    def step(self, actions):
+        if self.states is None:
+            raise RuntimeError("call reset before step")
+        self.states = act(self.states, _checked(actions, (self.num_envs, 2)))
+        self.elapsed += 1
+        rewards, info = reward(self.states, self.task), {}
+        terminated = np.zeros(self.num_envs, bool)
+        truncated = np.full(self.num_envs, self.elapsed >= self.horizon)
+        if truncated[0]:  # in lockstep: all of them
+            info["final_obs"] = _observe(self.states, self.shapes, self.observation)
+            info["_final_obs"] = truncated.copy()
+            self._restart()
+        obs = _observe(self.states, self.shapes, self.observation)
+        return obs, rewards, terminated, truncated, info
+
+    def render(self):
+        if self.render_mode == "rgb_array":
+            return tuple(draw_rgb(s[:, :2], k) for s, k in zip(self.states, self.shapes))
+
+
+gym.register("Sprites-v0", entry_point=SpritesEnv, vector_entry_point=SpritesVectorEnv)
+
+
+if __name__ == "__main__":  # the table of reference returns above
+    for task, names in {
+        "follow": list(CONTROLLERS)[:5],
+        "repel": ["random", "still", "centre", "flee"],
+    }.items():
+        env = SpritesVectorEnv(4000, observation="state", task=task)
+        for name in names:
+            env.reset(seed=1)
+            rng, returns = np.random.default_rng(2), 0
+            while not np.any((out := env.step(CONTROLLERS[name](rng, env.states)))[3]):
+                returns = returns + out[1]
+            returns = returns + out[1]
+            error = returns.std() / np.sqrt(len(returns))
+            print(f"{task:7} {name:15} {returns.mean():6.2f} ± {error:.2f} (standard error)")
