@@ -24,59 +24,40 @@ from torch import nn
 
 import sprites_env
 
+Input = Literal[
+    "oracle",  # the objects' states
+    "cnn",  # a small convolutional network, from scratch
+    "image_scratch",  # the encoder of rp_pretrain.py, from scratch
+    "image_reconstruction",  # the same, pretrained to reconstruct images, frozen
+    "image_reconstruction_finetune",  # the same, trained on
+    "reward_prediction",  # the same, pretrained to predict rewards, frozen
+    "reward_prediction_finetune",  # the same, trained on
+]
+
 
 @dataclass(frozen=True)
 class Args:
-    encoder: Literal[
-        "oracle",
-        "cnn",
-        "image_scratch",
-        "image_reconstruction",
-        "image_reconstruction_finetune",
-        "reward_prediction",
-        "reward_prediction_finetune",
-    ] = "reward_prediction"
-    """what the policy sees: true states, or images through this encoder"""
-    distractors: Literal[0, 1, 2] = 1
-    """triangles in the frame"""
-    task: Literal["follow", "repel"] = "follow"
-    """what the agent is paid for"""
-    total_steps: int = 500_000
-    """environment steps, all environments together"""
-    num_envs: int = 128
-    """environments in lockstep (N)"""
-    rollout_steps: int = 40
-    """steps of each environment between two rounds of learning (T)"""
-    epochs: int = 4
-    """passes over each rollout"""
-    minibatches: int = 8
-    """gradient steps per pass"""
-    learning_rate: float = 1e-3
-    """of Adam at the start; falls linearly to zero"""
-    gamma: float = 0.5
-    """discount factor"""
-    gae_lambda: float = 0.95
-    """decay of the advantage's trace"""
-    clip: float = 0.2
-    """how far the probability ratio may move from 1"""
-    value_coefficient: float = 0.5
-    """weight of the critic's loss"""
-    max_grad_norm: float = 0.5
-    """clipping of the gradient's norm"""
-    encoder_path: str | None = None
-    """pretrained encoder (default: that of rp_pretrain.py for the same distractors and seed)"""
-    eval_episodes: int = 200
-    """fresh episodes of each evaluation, which acts without noise"""
-    seed: int = 1
-    """of networks, environments and actions"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes CUDA where there is one"""
-    torch_threads: int = 0
-    """CPU threads, 0 for PyTorch's choice; use 1 when several runs share a machine"""
-    out: str | None = None
-    """folder to write to (default: see Writes)"""
-    overwrite: bool = False
-    """redo a finished run"""
+    encoder: Input = "reward_prediction"  # true states, or images through this encoder
+    distractors: Literal[0, 1, 2] = 1  # triangles in the frame
+    task: Literal["follow", "repel"] = "follow"  # what the agent is paid for
+    total_steps: int = 500_000  # environment steps, all environments together
+    num_envs: int = 128  # environments in lockstep (N)
+    rollout_steps: int = 40  # steps of each environment between two rounds of learning (T)
+    epochs: int = 4  # passes over each rollout
+    minibatches: int = 32  # gradient steps per pass
+    learning_rate: float = 1e-3  # of Adam at the start; falls linearly to zero
+    gamma: float = 0.2  # discount factor
+    gae_lambda: float = 0.95  # decay of the advantage's trace
+    clip: float = 0.2  # how far the probability ratio may move from 1
+    value_coefficient: float = 0.5  # weight of the critic's loss
+    max_grad_norm: float = 0.5  # clipping of the gradient's norm
+    encoder_path: str | None = None  # an encoder.pt (default: of this seed, made if missing)
+    eval_episodes: int = 200  # fresh episodes of each evaluation, which acts without noise
+    seed: int = 1  # of networks, environments and actions
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA where there is one
+    torch_threads: int = 0  # 0 for PyTorch's choice; 1 when several runs share a machine
+    out: str | None = None  # folder to write to (default: see Writes)
+    overwrite: bool = False  # redo a finished run
 
 
 # --- Networks --------------------------------------------------------------------------------
@@ -222,9 +203,14 @@ def train(args):
     out = open_run(args, f"{args.encoder}_d{args.distractors}_s{args.seed}")
     device = prepare(args)
 
-    def make_env(num_envs):
-        observation = "image" if images else "state"
-        return sprites_env.SpritesVectorEnv(num_envs, args.distractors, observation, args.task)
+    def make_env(num_envs, render_mode=None):
+        return sprites_env.SpritesVectorEnv(
+            num_envs,
+            distractors=args.distractors,
+            observation="image" if images else "state",
+            task=args.task,
+            render_mode=render_mode,
+        )
 
     def to_input(obs):  # uint8 frames or float32 states, array or tensor
         return to_float(obs, device) if images else torch.as_tensor(obs, device=device)
@@ -237,68 +223,69 @@ def train(args):
         encoder = pretrained or Encoder()
     encoder.to(device).eval()  # eval: batch normalisation, if any, keeps its pretraining statistics
     env = make_env(N)
-    obs, z, returns = calibrate(env, encoder, to_input, T, args)
+    obs, _ = env.reset(seed=args.seed * 100_000)
+    obs, z, returns = calibrate(env, obs, lambda obs: encoder(to_input(obs)), T, args)
     model = ActorCritic(encoder, z, returns, env.single_action_space.shape[0]).to(device)
     trained = [p for name, p in model.named_parameters() if not (frozen and "encoder" in name)]
     optimizer = torch.optim.Adam(trained, lr=args.learning_rate, eps=1e-5)
+
+    @torch.no_grad()
+    def features(obs):  # (N, ...) -> (N, Z)
+        return model.features(to_input(obs))
+
+    def to_tensor(array):
+        return torch.as_tensor(array, dtype=torch.float32, device=device)
 
     def save(path, step):
         facts = {"model": model.state_dict(), "encoder": args.encoder, "step": step}
         write_whole(path, lambda temporary: torch.save(facts, temporary))
 
-    log = Log(out, args.total_steps)
-    episode_return, finished_returns = np.zeros(N), []
+    log, episode_return, finished = Log(out, args.total_steps), np.zeros(N), []
     for iteration in range(1, iterations + 1):
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / iterations)
 
         # act
-        inputs, actions, log_probs, values, rewards = [], [], [], [], []
-        final_values, ended, terminated = torch.zeros(3, T, N, device=device)
-        with torch.no_grad():
-            for t in range(T):
-                z = model.features(to_input(obs))
-                mean = model.actor(z)
+        rollout, z = [], features(obs)
+        for _ in range(T):
+            with torch.no_grad():
+                mean, value = model.actor(z), model.value(z)
                 action = mean + model.log_std.exp() * torch.randn_like(mean)
-                next_obs, reward, terminations, truncations, info = env.step(action.cpu().numpy())
+                log_prob = gaussian_log_prob(action, mean, model.log_std)
+            next_obs, reward, terminated, truncated, info = env.step(action.cpu().numpy())
+            ended = terminated | truncated
+            successor = next_obs.copy()  # what followed: where an episode ended, its last frame
+            if ended.any():
+                successor[ended] = np.stack(info["final_obs"][ended])
+            z_next = features(successor)
+            with torch.no_grad():
+                next_value = model.value(z_next) * to_tensor(~terminated)
 
-                # store
-                inputs.append(z if frozen else torch.from_numpy(obs))  # a frozen encoder runs once
-                actions.append(action)
-                log_probs.append(gaussian_log_prob(action, mean, model.log_std))
-                values.append(model.value(z))
-                rewards.append(torch.from_numpy(reward).float().to(device))
-                over = terminations | truncations
-                if over.any():
-                    final = model.features(to_input(np.stack(info["final_obs"][over])))
-                    over_t = torch.from_numpy(over).to(device)
-                    final_values[t, over_t] = model.value(final)
-                    ended[t], terminated[t] = over_t, torch.from_numpy(terminations).to(device)
-                episode_return += reward
-                finished_returns += episode_return[over].tolist()
-                episode_return[over] = 0
-                obs = next_obs
-            values.append(model.value(model.features(to_input(obs))))
-
-            values, rewards = torch.stack(values), torch.stack(rewards)
-            # V of the state that followed: of final_obs where an episode ended, 0 if terminated.
-            next_values = torch.where(ended > 0, final_values, values[1:]) * (1 - terminated)
-            advantages = generalized_advantages(
-                rewards, values[:-1], next_values, ended, args.gamma, args.gae_lambda
-            )
-            targets = model.return_scale(advantages + values[:-1]).flatten()
-            advantages = advantages.flatten()
-            inputs, actions, log_probs = torch.cat(inputs), torch.cat(actions), torch.cat(log_probs)
+            # store
+            x = z if frozen else torch.from_numpy(obs)  # a frozen encoder sees each frame once
+            row = x, action, log_prob, to_tensor(reward), value, next_value, to_tensor(ended)
+            rollout.append(row)
+            obs, z = next_obs, features(next_obs) if ended.any() else z_next
+            episode_return += reward
+            finished += episode_return[ended].tolist()
+            episode_return[ended] = 0
+        columns = [torch.stack(column) for column in zip(*rollout)]  # each (T, N, ...)
+        x, actions, old_log_probs, rewards, values, next_values, ended = columns
+        advantages = generalized_advantages(
+            rewards, values, next_values, ended, args.gamma, args.gae_lambda
+        )
+        targets = model.return_scale(advantages + values)
+        batch = [c.flatten(0, 1) for c in (x, actions, old_log_probs, advantages, targets)]
 
         # learn
         for _ in range(args.epochs):
-            for batch in torch.randperm(T * N, device=device).chunk(args.minibatches):
-                z = inputs[batch] if frozen else model.features(to_input(inputs[batch]))
-                log_prob = gaussian_log_prob(actions[batch], model.actor(z), model.log_std)
-                advantage = advantages[batch]
+            for rows in torch.randperm(T * N, device=device).chunk(args.minibatches):
+                x, action, old_log_prob, advantage, target = (c[rows] for c in batch)  # (B, ...)
+                z = x if frozen else model.features(to_input(x))
+                log_prob = gaussian_log_prob(action, model.actor(z), model.log_std)
                 advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-                objective = clipped_objective(log_prob, log_probs[batch], advantage, args.clip)
-                critic_loss = value_loss(model.critic(z)[:, 0], targets[batch])
-                loss = -objective + args.value_coefficient * critic_loss
+                objective = clipped_objective(log_prob, old_log_prob, advantage, args.clip)
+                critic_loss = value_loss(model.critic(z)[:, 0], target)
+                loss = args.value_coefficient * critic_loss - objective
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
@@ -308,17 +295,16 @@ def train(args):
         if iteration * 20 // iterations > (iteration - 1) * 20 // iterations:
             step = args.total_steps if iteration == iterations else (iteration + 1) * T * N
             eval_returns = evaluate(model, make_env(args.eval_episodes), to_input)
-            ratio = (log_prob - log_probs[batch]).exp().detach()
+            ratio = (log_prob - old_log_prob).detach().exp()  # of the last minibatch
             log.report(
                 step,
                 eval_return=eval_returns.mean(),
-                train_return=np.mean(finished_returns),
+                train_return=np.mean(finished[-N:]) if finished else float("nan"),
                 action_sd=model.log_std.exp().mean().item(),
                 value_loss=critic_loss.item(),
                 kl=(ratio - 1 - ratio.log()).mean().item(),
                 clip_fraction=((ratio - 1).abs() > args.clip).float().mean().item(),
             )
-            finished_returns = []
             save(out / "checkpoint.pt", step)
 
     summary = {
@@ -330,28 +316,28 @@ def train(args):
         "minutes": log.minutes(),
     }
     plot_returns(out / "curve.png", log.rows, args)
-    save_gif(out / "rollout.gif", record(model, make_env(4), to_input))
+    film = []
+    evaluate(model, make_env(4, "rgb_array"), to_input, film)
+    save_gif(out / "rollout.gif", film)
     write_whole(out / "summary.json", lambda t: t.write_text(json.dumps(summary, indent=1)))
     return summary
 
 
-def calibrate(env, encoder, to_input, steps, args):
+@torch.no_grad()
+def calibrate(env, obs, encode, steps, args):
     """A rollout of random actions, to measure how z and the discounted returns are distributed.
 
     Returns the observation it ends at, z (M, Z) and returns (M,)."""
-    obs, _ = env.reset(seed=args.seed * 100_000)
-    rng, zs, rewards = np.random.default_rng(args.seed), [], []
-    with torch.no_grad():
-        for _ in range(steps):
-            zs.append(encoder(to_input(obs)))
-            actions = rng.uniform(-1, 1, env.action_space.shape)
-            obs, reward, *_ = env.step(actions)
-            rewards.append(torch.from_numpy(reward).float())
+    rng, z, rewards = np.random.default_rng(args.seed), [], []
+    for _ in range(steps):
+        z.append(encode(obs))
+        obs, reward, *_ = env.step(rng.uniform(-1, 1, env.action_space.shape))
+        rewards.append(torch.as_tensor(reward, dtype=torch.float32, device=z[0].device))
     rewards = torch.stack(rewards)  # (T, N)
-    nothing, after = torch.zeros_like(rewards), torch.zeros_like(rewards)
-    after[-1] = rewards.mean() / (1 - args.gamma)  # the return from there on, roughly
-    returns = generalized_advantages(rewards, nothing, after, nothing, args.gamma, 1)
-    return obs, torch.cat(zs), returns.flatten()
+    zeros, next_values = torch.zeros_like(rewards), torch.zeros_like(rewards)
+    next_values[-1] = rewards.mean() / (1 - args.gamma)  # roughly the return from there on
+    returns = generalized_advantages(rewards, zeros, next_values, zeros, args.gamma, 1)
+    return obs, torch.cat(z), returns.flatten()
 
 
 # --- Appendix: pretrained encoder, evaluation, run folder, log, pictures ---------------------
@@ -386,40 +372,28 @@ def load_encoder(args):
 
 
 @torch.no_grad()
-def evaluate(model, env, to_input):
-    """Returns (num_envs,) of one fresh episode per environment, acting without noise."""
+def evaluate(model, env, to_input, film=None):
+    """Returns (num_envs,) of one fresh episode per environment, acting without noise; a list as
+    `film` collects what `env.render()` shows before each step."""
     obs, _ = env.reset(seed=10**9)
-    returns, over = np.zeros(env.num_envs), np.zeros(env.num_envs, bool)
-    while not over.all():
+    returns, running = np.zeros(env.num_envs), np.ones(env.num_envs, bool)
+    while running.any():
+        if film is not None:
+            film.append(env.render())
         action = model.actor(model.features(to_input(obs)))
-        obs, reward, terminations, truncations, _ = env.step(action.cpu().numpy())
-        returns += reward * ~over
-        over |= terminations | truncations
+        obs, reward, terminated, truncated, _ = env.step(action.cpu().numpy())
+        returns += reward * running
+        running &= ~(terminated | truncated)
     return returns
 
 
-@torch.no_grad()
-def record(model, env, to_input):
-    """One episode, all environments side by side, as a list of images for `save_gif`."""
-    env.render_mode = "rgb_array"
-    obs, _ = env.reset(seed=10**9)
-    frames, over = [], np.zeros(env.num_envs, bool)
-    while not over.any():
-        border = [np.pad(image, ((4, 4), (4, 4), (0, 0))) for image in env.render()]
-        frames.append(np.concatenate(border, axis=1))
-        action = model.actor(model.features(to_input(obs)))
-        obs, _, terminations, truncations, _ = env.step(action.cpu().numpy())
-        over = terminations | truncations
-    return frames
-
-
-def save_gif(path, frames, seconds_per_frame=0.1):
-    """frames: list of uint8 (height, width, 3)."""
+def save_gif(path, film, milliseconds=100):
+    """film: a list of tuples of images uint8 (height, width, 3), shown side by side."""
     from PIL import Image
 
-    first, *rest = [Image.fromarray(frame).quantize(16) for frame in frames]
-    settings = {"save_all": True, "append_images": rest, "loop": 0}
-    settings["duration"] = int(1000 * seconds_per_frame)
+    rows = [np.concatenate([np.pad(i, ((3, 3), (3, 3), (0, 0))) for i in row], 1) for row in film]
+    first, *rest = [Image.fromarray(row).quantize(16) for row in rows]
+    settings = {"save_all": True, "append_images": rest, "loop": 0, "duration": milliseconds}
     write_whole(path, lambda temporary: first.save(temporary, **settings))
 
 
@@ -430,18 +404,18 @@ def plot_returns(path, rows, args):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(6, 4))
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     for column, style in (("train_return", ":"), ("eval_return", "-")):
         steps = [row["step"] for row in rows]
         label = column.replace("_return", "uation" if column[0] == "e" else "ing")
         axis.plot(steps, [row[column] for row in rows], style, color="C0", label=label)
     for name, level in sprites_env.REFERENCE_RETURNS[args.task].items():
         axis.axhline(level, color="grey", lw=0.8, ls="--")
-        axis.text(0, level, name, color="grey", fontsize=8, va="bottom")
+        across = axis.get_yaxis_transform()  # x from 0 to 1 over the axis, y in data
+        axis.text(0.01, level, name, color="grey", fontsize=8, va="bottom", transform=across)
     axis.set(xlabel="environment steps", ylabel="return of a 40-step episode")
     axis.set_title(f"PPO, {args.encoder}, {args.distractors} distractors, seed {args.seed}")
     axis.legend(loc="lower right")
-    figure.tight_layout()
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))
     plt.close(figure)
 
@@ -515,18 +489,18 @@ class Log:
     """Appends a row to curve.csv and prints a line at every report."""
 
     def __init__(self, out, total):
-        self.file = open(out / "curve.csv", "w", newline="")
-        self.total, self.start, self.rows = total, time.perf_counter(), []
+        self.path, self.total = out / "curve.csv", total
+        self.start, self.rows = time.perf_counter(), []
 
     def report(self, step, **metrics):
         seconds = time.perf_counter() - self.start
         row = {"step": step, "seconds": round(seconds, 2)}
         row |= {"steps_per_second": round(step / seconds, 1)} | metrics
-        writer = csv.DictWriter(self.file, row)
-        if not self.rows:
-            writer.writeheader()
-        writer.writerow(row)
-        self.file.flush()
+        with open(self.path, "a" if self.rows else "w", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            if not self.rows:
+                writer.writeheader()
+            writer.writerow(row)
         self.rows.append(row)
         left = seconds * (self.total / step - 1)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:4])

@@ -61,44 +61,28 @@ from torch import nn
 
 import sprites_env
 
+Objective = Literal["reward_prediction", "image_reconstruction"]
+Task = Literal["agent_x", "agent_y", "target_x", "target_y", "follow", "repel"]
+POSITIONS = ("agent_x", "agent_y", "target_x", "target_y")  # the paper's pretraining tasks
+
 
 @dataclass(frozen=True)
 class Args:
-    objective: Literal["reward_prediction", "image_reconstruction"] = "reward_prediction"
-    """what shapes the encoder"""
-    tasks: tuple[Literal["agent_x", "agent_y", "target_x", "target_y", "follow", "repel"], ...] = (
-        "agent_x",
-        "agent_y",
-        "target_x",
-        "target_y",
-    )
-    """rewards to predict; one alone gives the paper's single-reward experiment"""
-    distractors: Literal[0, 1, 2] = 1
-    """triangles in the frame"""
-    updates: int = 10_000
-    """gradient steps"""
-    batch_size: int = 32
-    """sequences per update (B)"""
-    conditioning_frames: int = 3
-    """frames that the model sees (N)"""
-    horizon: int = 10
-    """steps whose rewards are predicted, from the first conditioning frame on (T)"""
-    learning_rate: float = 6e-3
-    """of RAdam at its peak: 5 % linear warm-up, then a cosine to zero"""
-    z_dim: int = 64
-    """size of the representation (Z)"""
-    batch_norm: bool = False
-    """batch normalisation after each convolution"""
-    seed: int = 1
-    """of the networks and of the data"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes CUDA where there is one"""
-    torch_threads: int = 0
-    """CPU threads, 0 for PyTorch's choice; use 1 when several runs share a machine"""
-    out: str | None = None
-    """folder to write to (default: see Writes)"""
-    overwrite: bool = False
-    """redo a finished run"""
+    objective: Objective = "reward_prediction"  # what shapes the encoder
+    tasks: tuple[Task, ...] = POSITIONS  # rewards to predict; try one alone
+    distractors: Literal[0, 1, 2] = 1  # triangles in the frame
+    updates: int = 12_000  # gradient steps
+    batch_size: int = 32  # sequences per update (B)
+    conditioning_frames: int = 3  # frames that the model sees (N)
+    horizon: int = 10  # steps to predict (T), from the first conditioning frame on
+    learning_rate: float = 4e-3  # of RAdam at its peak: 5 % linear warm-up, then a cosine to zero
+    z_dim: int = 64  # size of the representation (Z)
+    batch_norm: bool = False  # batch normalisation after each convolution
+    seed: int = 1  # of the networks and of the data
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA where there is one
+    torch_threads: int = 0  # 0 for PyTorch's choice; 1 when several runs share a machine
+    out: str | None = None  # folder to write to (default: see Writes)
+    overwrite: bool = False  # redo a finished run
 
 
 # --- Networks --------------------------------------------------------------------------------
@@ -205,8 +189,10 @@ def train(args):
     check_positive(args, "updates", "batch_size", "conditioning_frames", "horizon", "learning_rate")
     if not args.tasks or len(set(args.tasks)) < len(args.tasks):
         raise SystemExit("error: --tasks needs at least one task, each named once")
+    if args.horizon < args.conditioning_frames:
+        raise SystemExit("error: --horizon must reach over the --conditioning-frames")
     by_reward, N, T = args.objective == "reward_prediction", args.conditioning_frames, args.horizon
-    tasks = "_" + "+".join(args.tasks) if by_reward and args.tasks != Args.tasks else ""
+    tasks = "_" + "+".join(args.tasks) if by_reward and args.tasks != POSITIONS else ""
     out = open_run(args, f"{args.objective}{tasks}_d{args.distractors}_s{args.seed}")
     device = prepare(args)
     rng = np.random.default_rng(args.seed)
@@ -275,13 +261,14 @@ def train(args):
         z = encoder(frames)  # (B N, Z)
         if by_reward:
             predicted = predictor(z.unflatten(0, (-1, N)), T)  # (B, T, K)
-            loss = reward_prediction_loss(predicted, rewards)
-            decoded = decoder(z[::N].detach())  # looks on: no gradient reaches the encoder
-            decoder_loss = reconstruction_loss(decoded, frames[::N])
+            loss = total_loss = reward_prediction_loss(predicted, rewards)
+            if update % 4 == 0:  # the decoder looks on: no gradient reaches the encoder
+                decoded = decoder(z[::N].detach())
+                total_loss = loss + reconstruction_loss(decoded, frames[::N])
         else:
-            loss, decoder_loss = reconstruction_loss(decoder(z), frames), 0
+            loss = total_loss = reconstruction_loss(decoder(z), frames)
         optimizer.zero_grad()
-        (loss + decoder_loss).backward()
+        total_loss.backward()
         optimizer.step()
         schedule.step()
 
@@ -328,14 +315,15 @@ def plot_decoded(path, frames, decoded, title):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, len(frames), figsize=(len(frames), 2.5), squeeze=False)
+    figure, axes = plt.subplots(
+        2, len(frames), figsize=(len(frames), 2.5), squeeze=False, layout="constrained"
+    )
     for row, images, label in zip(axes, (frames, decoded), ("true", "decoded from z")):
         row[0].set_ylabel(label)
         for axis, image in zip(row, images):
-            axis.imshow(image[0].clip(0, 1).cpu(), cmap="gray", vmin=0, vmax=1)
+            axis.imshow(image[0].cpu().numpy(), cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
     figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))
     plt.close(figure)
 
@@ -347,14 +335,15 @@ def plot_curve(path, rows, panels, x_label):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.5), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5 * len(panels), 3.5), squeeze=False, layout="constrained"
+    )
     for axis, (y_label, names) in zip(axes[0], panels):
         for name in names:
             axis.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
         axis.set(xlabel=x_label, ylabel=y_label)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    figure.tight_layout()
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))
     plt.close(figure)
 
@@ -423,18 +412,18 @@ class Log:
     """Appends a row to curve.csv and prints a line at every report."""
 
     def __init__(self, out, total):
-        self.file = open(out / "curve.csv", "w", newline="")
-        self.total, self.start, self.rows = total, time.perf_counter(), []
+        self.path, self.total = out / "curve.csv", total
+        self.start, self.rows = time.perf_counter(), []
 
     def report(self, step, **metrics):
         seconds = time.perf_counter() - self.start
         row = {"step": step, "seconds": round(seconds, 2)}
         row |= {"steps_per_second": round(step / seconds, 1)} | metrics
-        writer = csv.DictWriter(self.file, row)
-        if not self.rows:
-            writer.writeheader()
-        writer.writerow(row)
-        self.file.flush()
+        with open(self.path, "a" if self.rows else "w", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            if not self.rows:
+                writer.writeheader()
+            writer.writerow(row)
         self.rows.append(row)
         left = seconds * (self.total / step - 1)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:4])

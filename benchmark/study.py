@@ -1,0 +1,214 @@
+"""The study: encoders x distractors x seeds, each run a process of its own, resumable.
+
+    python benchmark/study.py --jobs 2                     the whole grid: hours on two cores
+    python benchmark/study.py --seeds 1 --distractors 0 2  a part of it
+    python benchmark/study.py --dry-run --stage pretrain   its commands, one a line, for xargs -P,
+    python benchmark/study.py --dry-run --stage ppo        GNU parallel or a Slurm array
+    python benchmark/study.py --stage gather               only collect what has finished
+
+Runs live in runs/study/. What has finished is gathered into benchmark/results/*.csv, which is
+also what counts as finished: a run whose rows are there is not run again, even on a machine that
+never saw its folder. An interrupted run starts over. Stop with Ctrl-C at any time.
+"""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, RUNS = ROOT / "benchmark" / "results", Path("runs") / "study"
+ENCODERS = (
+    "oracle",
+    "reward_prediction",
+    "reward_prediction_finetune",
+    "image_reconstruction",
+    "image_reconstruction_finetune",
+    "image_scratch",
+    "cnn",
+)
+KEYS = {
+    "rp_pretrain": ("objective", "distractors", "seed"),
+    "ppo_encoder": ("encoder", "distractors", "seed", "total_steps"),
+}
+
+
+@dataclass(frozen=True)
+class Args:
+    encoders: tuple[str, ...] = ENCODERS  # which of the seven
+    distractors: tuple[int, ...] = (0, 1, 2)  # numbers of distractors
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # one run each
+    total_steps: int = 500_000  # environment steps of each PPO run
+    jobs: int = os.cpu_count() or 1  # processes at a time, one thread each
+    stage: Literal["all", "pretrain", "ppo", "gather"] = "all"  # what to do
+    dry_run: bool = False  # print the commands instead
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: its script, the values of that script's KEYS, and the encoder it waits for."""
+
+    script: str
+    key: tuple
+    needs: Path | None = None
+
+    @property
+    def out(self):
+        *names, steps = self.key if self.script == "ppo_encoder" else (*self.key, "")
+        name, distractors, seed = names
+        return RUNS / self.script / f"{name}_d{distractors}_s{seed}{steps and f'_{steps}'}"
+
+    @property
+    def command(self):
+        flags = ["--torch-threads", "1", "--overwrite", "--out", self.out.as_posix()]
+        for name, value in zip(KEYS[self.script], self.key):
+            flags += ["--" + name.replace("_", "-"), str(value)]
+        if self.needs:
+            flags += ["--encoder-path", self.needs.as_posix()]
+        return ["python", f"{self.script}.py", *flags]
+
+
+def plan(args):
+    """The jobs, seed by seed: so an early stop leaves whole seeds rather than whole encoders."""
+    jobs = []
+    for seed in args.seeds:
+        for distractors in args.distractors:
+            for encoder in args.encoders:
+                needs = None
+                if encoder.startswith(("reward_prediction", "image_reconstruction")):
+                    key = encoder.removesuffix("_finetune"), distractors, seed
+                    pretraining = Job("rp_pretrain", key)
+                    needs = pretraining.out / "encoder.pt"
+                    if pretraining not in jobs:
+                        jobs.append(pretraining)
+                jobs.append(
+                    Job("ppo_encoder", (encoder, distractors, seed, args.total_steps), needs)
+                )
+    return jobs
+
+
+def read(path):
+    """The rows of a CSV file as dicts of text; none if there is no such file."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(path, rows):
+    """Sorted, whole or not at all."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    temporary = path.with_name("unfinished_" + path.name)
+    with open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)
+
+
+def finished(script):
+    """Keys of the runs whose results have been gathered, as tuples of text."""
+    rows = read(RESULTS / f"{script}_final.csv")
+    return {tuple(row[name] for name in KEYS[script]) for row in rows}
+
+
+def gather(jobs):
+    """Add the jobs that have finished since to the two tables of their script: the curves
+    (`<script>.csv`) and the last numbers (`<script>_final.csv`)."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for script, names in KEYS.items():
+        curves, finals = read(RESULTS / f"{script}.csv"), read(RESULTS / f"{script}_final.csv")
+        have = finished(script)
+        for job in jobs:
+            key = tuple(map(str, job.key))
+            if job.script != script or key in have or not (job.out / "summary.json").exists():
+                continue
+            summary = json.loads((job.out / "summary.json").read_text())
+            finals.append(dict(zip(names, key)) | short(summary))
+            for row in read(job.out / "curve.csv"):
+                curves.append(dict(zip(names, key)) | short(row))
+        order = lambda row, names=names: tuple(row[name].zfill(9) for name in names)  # noqa: E731
+        for name, rows in ((f"{script}.csv", curves), (f"{script}_final.csv", finals)):
+            if rows:  # sorted() is stable: the steps of a run keep their order
+                write(RESULTS / name, sorted(rows, key=order))
+
+
+def short(row):
+    """Numbers to five significant digits: small files that diff well."""
+    return {k: f"{float(v):.5g}" if "." in str(v) else str(v) for k, v in row.items()}
+
+
+def run(jobs, parallel):
+    """Run the jobs, `parallel` at a time; a job waits for the encoder that it needs."""
+    waiting, running, failed, start, total = list(jobs), {}, [], time.time(), len(jobs)
+    gathered = 0
+    try:
+        while waiting or running:
+            for job, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[job]
+                    if process.returncode:
+                        failed.append(job)
+                        print(f"\nfailed: {' '.join(job.command)}; see {job.out}/log.txt")
+                    gather(jobs)
+            ready = (j for j in waiting if not j.needs or (ROOT / j.needs).exists())
+            job = next(ready, None) if len(running) < parallel else None
+            if job:
+                waiting.remove(job)
+                (ROOT / job.out).mkdir(parents=True, exist_ok=True)
+                with open(ROOT / job.out / "log.txt", "w") as log:
+                    command = [sys.executable, *job.command[1:]]
+                    running[job] = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+                continue
+            if waiting and not running:
+                print(f"\n{len(waiting)} runs wait for an encoder whose pretraining failed")
+                break
+            count = total - len(waiting) - len(running)
+            if count > gathered or not gathered:
+                gathered = max(count, 1)
+                names = ", ".join(job.out.name for job in running)
+                left = (time.time() - start) / max(count, 1) * (total - count) / 60
+                print(f"{count}/{total}  running {names}  {left:.0f} min left", flush=True)
+            time.sleep(0.5)
+    finally:
+        for process in running.values():
+            process.terminate()
+        gather(jobs)
+    return failed
+
+
+def main(args):
+    """Plan, skip what is finished, then print or run."""
+    unknown = set(args.encoders) - set(ENCODERS)
+    if unknown:
+        raise SystemExit(
+            f"error: --encoders: {', '.join(unknown)} is none of {', '.join(ENCODERS)}"
+        )
+    os.chdir(ROOT)
+    jobs = plan(args)
+    gather(jobs)
+    left = [job for job in jobs if tuple(map(str, job.key)) not in finished(job.script)]
+    needed = {job.needs for job in left}
+    left += [  # finished elsewhere, but the encoder is not on this machine
+        j
+        for j in jobs
+        if j not in left and j.out / "encoder.pt" in needed and not (j.out / "encoder.pt").exists()
+    ]
+    if args.stage != "all":
+        script = {"pretrain": "rp_pretrain", "ppo": "ppo_encoder"}.get(args.stage)
+        left = [job for job in left if job.script == script]
+    if args.dry_run:
+        print("\n".join(" ".join(job.command) for job in left))
+    elif args.stage != "gather" and run(left, args.jobs):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,222 @@
+"""The environment against its specification: geometry, dynamics, gymnasium's interface."""
+
+import warnings
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+import sprites_env
+from sprites_env import SHAPES, SpritesEnv, SpritesVectorEnv
+
+
+@pytest.mark.parametrize("observation", ["image", "state"])
+@pytest.mark.parametrize("distractors", [0, 2])
+def test_gymnasium_checker_is_silent(observation, distractors):
+    env = gymnasium.make(
+        "Sprites-v0", distractors=distractors, observation=observation, render_mode="rgb_array"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_env(env.unwrapped)
+
+
+@pytest.mark.parametrize("observation", ["image", "state"])
+@pytest.mark.parametrize("task", ["follow", "repel"])
+def test_vector_equals_single_environments(observation, task):
+    options = {"distractors": 2, "observation": observation, "task": task, "horizon": 5}
+    vector = gymnasium.make_vec("Sprites-v0", num_envs=3, **options)
+    assert isinstance(vector, SpritesVectorEnv)
+    singles = [gymnasium.make("Sprites-v0", **options) for _ in range(3)]
+    batch, _ = vector.reset(seed=7)
+    assert batch.shape == vector.observation_space.shape and vector.observation_space.contains(
+        batch
+    )
+    for i, env in enumerate(singles):
+        np.testing.assert_array_equal(env.reset(seed=7 + i)[0], batch[i])
+    rng = np.random.default_rng(0)
+    for t in range(1, 13):  # across two episode ends
+        actions = rng.uniform(-1.5, 1.5, (3, 2))
+        batch, rewards, terminated, truncated, info = vector.step(actions)
+        assert not terminated.any() and truncated.tolist() == [t % 5 == 0] * 3
+        assert ("final_obs" in info) == (t % 5 == 0)
+        for i, env in enumerate(singles):
+            obs, reward, term, trunc, _ = env.step(actions[i])
+            assert type(reward) is float and term is False and trunc is (t % 5 == 0)
+            assert reward == rewards[i]
+            if trunc:
+                assert info["_final_obs"][i]
+                np.testing.assert_array_equal(info["final_obs"][i], obs)
+                obs, _ = env.reset()
+            np.testing.assert_array_equal(obs, batch[i])
+
+
+def test_observations_are_fresh_memory():
+    env = SpritesVectorEnv(2, observation="image")
+    first, _ = env.reset(seed=0)
+    kept = first.copy()
+    env.step(np.ones((2, 2)))
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_same_seed_same_episode_and_other_seed_another():
+    env = SpritesEnv(distractors=2)
+    a, b, c = (env.reset(seed=s)[0] for s in (3, 3, 4))
+    assert (a == b).all() and (a != c).any()
+
+
+def test_dynamics_and_reward_by_hand():
+    """One step from a known state: agent moves by 0.05 action; the target bounces off x = 0.9."""
+    env = SpritesEnv(observation="state")
+    env.reset(options={"state": [[0.50, 0.50, 0.00, 0.00], [0.88, 0.30, 0.05, -0.01]]})
+    obs, reward, *_ = env.step([1.0, -0.4])
+    expected = [0.55, 0.48, 0.05, -0.02, 0.87, 0.29, -0.05, -0.01]
+    np.testing.assert_allclose(obs, expected, atol=1e-6)
+    assert reward == pytest.approx(1 - np.hypot(0.32, 0.19) / np.sqrt(2))
+    env = SpritesEnv(observation="state", task="repel")
+    env.reset(options={"state": [[0.11, 0.5, 0, 0], [0.88, 0.30, 0.05, -0.01]]})
+    obs, reward, *_ = env.step([-9.0, 0.0])  # clipped to -1; bounces off x = 0.1
+    np.testing.assert_allclose(obs[:4], [0.14, 0.5, 0.05, 0], atol=1e-6)
+    assert reward == pytest.approx(np.hypot(0.73, 0.21) / np.sqrt(2))
+
+
+def test_constant_velocity_is_a_triangle_wave():
+    """Many steps against the closed form, and in bounds at any time."""
+    rng = np.random.default_rng(0)
+    _, states, rewards = sprites_env.sample_trajectories(rng, 50, 60, 2, frames=1)
+    t = np.arange(60)[None, :, None, None]
+    unfolded = states[:, :1, :, :2] - 0.1 + t * states[:, :1, :, 2:]
+    phase = unfolded % 1.6
+    np.testing.assert_allclose(states[..., :2], 0.1 + np.minimum(phase, 1.6 - phase), atol=1e-9)
+    np.testing.assert_allclose(np.abs(states[..., 2:]), np.abs(states[:, :1, :, 2:]).repeat(60, 1))
+    distance = np.linalg.norm(states[:, :, 0, :2] - states[:, :, 1, :2], axis=-1)
+    np.testing.assert_allclose(rewards["follow"], 1 - distance / np.sqrt(2), atol=1e-6)
+    np.testing.assert_array_equal(rewards["agent_x"], states[:, :, 0, 0].astype(np.float32))
+    np.testing.assert_array_equal(rewards["target_y"], states[:, :, 1, 1].astype(np.float32))
+
+
+def test_trajectory_frames_are_those_of_the_states():
+    frames, states, _ = sprites_env.sample_trajectories(np.random.default_rng(1), 4, 6, 1, frames=3)
+    assert frames.shape == (4, 3, 64, 64) and frames.dtype == np.uint8
+    for b in range(4):  # the target, a full square of 10 x 10 pixels, is where its state says
+        for t in range(3):
+            i, j = np.floor(63 * states[b, t, 1, :2]).astype(int)
+            assert (frames[b, t, i - 5 : i + 5, j - 5 : j + 5] == 255).all()
+
+
+def test_sprites():
+    widths = {
+        "circle": [1, 5, 7, 7, 9, 7, 7, 5, 1],
+        "square": [10] * 10,
+        "triangle_up": [2, 2, 4, 4, 6, 6, 8, 8, 10, 10],
+        "triangle_down": [10, 10, 8, 8, 6, 6, 4, 4, 2, 2],
+    }
+    for name, expected in widths.items():
+        frame = sprites_env.draw(np.full((1, 1, 2), 0.5), np.array([[SHAPES.index(name)]]))[0]
+        assert set(np.unique(frame)) == {0, 255}
+        rows = (frame > 0).sum(1)
+        assert rows[rows > 0].tolist() == expected, name
+    right, left = (
+        sprites_env.draw(np.full((1, 1, 2), 0.5), np.array([[SHAPES.index(f"triangle_{side}")]]))[0]
+        for side in ("right", "left")
+    )
+    assert (right > 0).sum(0)[26:36].tolist() == widths["triangle_down"]
+    assert (left > 0).sum(0)[26:36].tolist() == widths["triangle_up"]
+
+
+def test_draw_equals_drawing_pixel_by_pixel():
+    rng = np.random.default_rng(2)
+    positions, shapes = rng.random((20, 4, 2)), rng.integers(0, 6, (20, 4))
+    positions[0] = 0.0  # sprites cut off by the frame's edges
+    positions[1] = 1.0
+    sprites = sprites_env._sprites()
+    expected = np.zeros((20, 64, 64), np.uint8)
+    for n in range(20):
+        for k in range(4):
+            i0, j0 = np.floor(63 * positions[n, k]).astype(int) - 6
+            for i in range(12):
+                for j in range(12):
+                    inside = 0 <= i0 + i < 64 and 0 <= j0 + j < 64
+                    if inside and sprites[shapes[n, k], i, j]:
+                        expected[n, i0 + i, j0 + j] = 255
+    np.testing.assert_array_equal(sprites_env.draw(positions, shapes), expected)
+    packed = sprites_env.draw_packed(positions, shapes)
+    assert packed.shape == (20, 64) and packed.dtype == np.uint64
+    np.testing.assert_array_equal(sprites_env.unpack(packed), expected)
+
+
+def test_reset_from_a_given_state():
+    state = np.array([[0.2, 0.3, 0.01, 0.02], [0.4, 0.5, 0, 0], [0.6, 0.7, -0.05, 0.05]])
+    env = SpritesEnv(distractors=1)
+    obs, _ = env.reset(options={"state": state, "shapes": [1, 0, 5]})
+    expected = sprites_env.draw(state[None, :, :2], np.array([[1, 0, 5]]))
+    np.testing.assert_array_equal(obs, expected)
+    vector = SpritesVectorEnv(2, distractors=1, observation="state")
+    obs, _ = vector.reset(options={"state": [state, state[:, [1, 0, 3, 2]]]})
+    np.testing.assert_allclose(obs[0], state.ravel(), atol=1e-7)
+    obs2, _ = vector.reset(options={"state": obs.reshape(2, 3, 4)})  # float32 round trip
+    np.testing.assert_array_equal(obs, obs2)
+    for bad in (state[:2], state + 1, np.full((3, 4), np.nan)):
+        with pytest.raises(ValueError, match="reset: "):
+            env.reset(options={"state": bad})
+    with pytest.raises(ValueError, match="reset: shapes"):
+        env.reset(options={"shapes": [1, 0, 6]})
+
+
+def returns_of(name, task, episodes=4000):
+    env = SpritesVectorEnv(episodes, distractors=0, observation="state", task=task)
+    env.reset(seed=0)
+    rng, total = np.random.default_rng(1), np.zeros(episodes)
+    for _ in range(40):
+        _, reward, _, truncated, _ = env.step(sprites_env.CONTROLLERS[name](rng, env.states))
+        total += reward
+    assert truncated.all()
+    return total.mean()
+
+
+@pytest.mark.parametrize("task", ["follow", "repel"])
+def test_returns_of_reference_controllers(task):
+    for name, expected in sprites_env.REFERENCE_RETURNS[task].items():
+        assert returns_of(name, task) == pytest.approx(expected, abs=0.15), name
+    assert returns_of("still", "follow") == pytest.approx(28.2, abs=0.15)
+
+
+def test_score():
+    assert sprites_env.score(28.2) == 0
+    assert sprites_env.score(38.9) == 1
+    assert sprites_env.score(19.1, "repel") == 1
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"distractors": -1}, {"observation": "sound"}, {"task": "sleep"}, {"horizon": 0}]
+    + [{"render_mode": "human"}],
+)
+def test_bad_options_are_named(option):
+    for make in (SpritesEnv, SpritesVectorEnv):
+        with pytest.raises(ValueError, match=next(iter(option))):
+            make(**option)
+
+
+def test_bad_actions_are_refused():
+    env, vector = SpritesEnv(), SpritesVectorEnv(2)
+    with pytest.raises(RuntimeError, match="reset"):
+        env.step([0, 0])
+    env.reset(), vector.reset()
+    for action in ([0, 0, 0], [np.nan, 0]):
+        with pytest.raises(ValueError, match="action"):
+            env.step(action)
+    with pytest.raises(ValueError, match="action"):
+        vector.step(np.zeros(2))
+
+
+def test_render():
+    env = SpritesEnv(distractors=1, render_mode="rgb_array")
+    env.reset(options={"state": [[0.2, 0.2, 0, 0], [0.5, 0.5, 0, 0], [0.8, 0.8, 0, 0]]})
+    image = env.render()
+    assert image.dtype == np.uint8 and image.shape == (256, 256, 3)
+    for position, colour in zip((0.2, 0.5, 0.8), sprites_env.COLOURS):
+        at = 4 * int(63 * position) + 2
+        assert (image[at, at] == colour).all()
+    assert SpritesEnv().render() is None

@@ -1,0 +1,212 @@
+"""Every script runs to the end in miniature, is deterministic, and answers bad input in a line."""
+
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ppo_encoder
+import rp_pretrain
+
+ROOT = Path(__file__).parent.parent
+TINY_PRETRAINING = {"updates": 4, "batch_size": 2, "distractors": 1, "torch_threads": 1}
+TINY_PPO = {"total_steps": 240, "num_envs": 4, "rollout_steps": 20, "eval_episodes": 3}
+TINY_PPO |= {"minibatches": 2, "epochs": 2, "torch_threads": 1}
+INPUTS = ppo_encoder.Input.__args__
+
+
+def pretrain(out, **changes):
+    return rp_pretrain.train(rp_pretrain.Args(**TINY_PRETRAINING | changes, out=str(out)))
+
+
+def ppo(out, **changes):
+    return ppo_encoder.train(ppo_encoder.Args(**TINY_PPO | changes, out=str(out)))
+
+
+def untimed_rows(folder):
+    with open(folder / "curve.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0])[:3] == ["step", "seconds", "steps_per_second"]
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tasks": ("target_x",)}, {"batch_norm": True}, {"objective": "image_reconstruction"}],
+    ids=["default", "one_task", "batch_norm", "image_reconstruction"],
+)
+def test_pretraining(tmp_path, changes):
+    a, b = tmp_path / "a", tmp_path / "b"
+    summary, again = pretrain(a, **changes), pretrain(b, **changes)
+    again["minutes"] = summary["minutes"]
+    assert summary == again and untimed_rows(a) == untimed_rows(b)
+    assert json.loads((a / "summary.json").read_text()).keys() == summary.keys()
+    assert {"mse_image", "r2_agent_x", "r2_distractor1_y", "minutes"} <= summary.keys()
+    assert json.loads((a / "args.json").read_text())["arguments"]["updates"] == 4
+    saved = torch.load(a / "encoder.pt", weights_only=True)
+    encoder = rp_pretrain.Encoder(saved["z_dim"], saved["batch_norm"])
+    encoder.load_state_dict(saved["encoder"])
+    for picture in ("curve.png", "decoded.png"):
+        with Image.open(a / picture) as image:
+            image.load()
+    assert not list(a.glob("unfinished_*"))
+
+
+@pytest.mark.parametrize("encoder", INPUTS)
+def test_ppo(tmp_path, monkeypatch, encoder):
+    monkeypatch.chdir(tmp_path)  # the hand-off: an encoder of the default name is found
+    if "prediction" in encoder or "reconstruction" in encoder:
+        objective = encoder.removesuffix("_finetune")
+        pretrain(f"runs/rp_pretrain/{objective}_d1_s1", objective=objective)
+    a, b = tmp_path / "a", tmp_path / "b"
+    summary, again = ppo(a, encoder=encoder), ppo(b, encoder=encoder)
+    again["minutes"] = summary["minutes"]
+    assert summary == again and untimed_rows(a) == untimed_rows(b)
+    assert {"eval_return_mean", "eval_return_std", "eval_episodes", "score"} <= summary.keys()
+    checkpoint = torch.load(a / "checkpoint.pt", weights_only=True)
+    assert all(torch.isfinite(v).all() for v in checkpoint["model"].values())
+    with Image.open(a / "curve.png") as image, Image.open(a / "rollout.gif") as film:
+        image.load()
+        assert film.n_frames == 40 and film.size[0] > 4 * 256
+
+
+def test_ppo_pretrains_when_the_encoder_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands = []
+
+    def run(command):
+        commands.append(command)
+        pretrain(command[command.index("--out") + 1], seed=5)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(ppo_encoder.subprocess, "run", run)
+    monkeypatch.setattr(ppo_encoder, "git_commit", lambda: None)
+    monkeypatch.setattr(rp_pretrain, "git_commit", lambda: None)
+    ppo("out", encoder="reward_prediction_finetune", seed=5)
+    (command,) = commands
+    assert command[0] == sys.executable and Path(command[1]).name == "rp_pretrain.py"
+    text = " ".join(command)
+    for part in ("--objective reward_prediction ", "--distractors 1", "--seed 5"):
+        assert part in text
+    assert "reward_prediction_d1_s5" in text
+    args = rp_pretrain.tyro.cli(rp_pretrain.Args, args=command[2:])  # they are flags it knows
+    assert args.distractors == 1 and args.seed == 5
+
+
+def test_frozen_encoders_stay_and_finetuned_ones_move(tmp_path):
+    pretrain(tmp_path / "encoder")
+    path = tmp_path / "encoder" / "encoder.pt"
+    before = torch.load(path)["encoder"]
+    for encoder, moves in (("reward_prediction", False), ("reward_prediction_finetune", True)):
+        ppo(tmp_path / encoder, encoder=encoder, encoder_path=str(path))
+        after = torch.load(tmp_path / encoder / "checkpoint.pt")["model"]
+        changed = [not torch.equal(v, after[f"encoder.{k}"]) for k, v in before.items()]
+        assert all(changed) if moves else not any(changed)
+
+
+def test_first_ratio_is_one():
+    """What is stored while acting is what learning recomputes: the first ratios are exactly 1."""
+    torch.manual_seed(0)
+    frames = torch.rand(8, 1, 64, 64)
+    for batch_norm in (False, True):
+        encoder = ppo_encoder.Encoder(batch_norm=batch_norm).eval()
+        model = ppo_encoder.ActorCritic(encoder, encoder(frames).detach(), torch.randn(9), 2)
+        mean = model.actor(model.features(frames))
+        action = mean.detach() + 0.1
+        stored = ppo_encoder.gaussian_log_prob(action, mean, model.log_std).detach()
+        some = torch.tensor([5, 2, 7])
+        mean = model.actor(model.features(frames[some]))
+        again = ppo_encoder.gaussian_log_prob(action[some], mean, model.log_std)
+        np.testing.assert_allclose((again - stored[some]).exp().detach(), 1, atol=1e-5)
+
+
+def test_detached_decoder_leaves_the_encoder_alone():
+    """The decoder that looks on during reward prediction sends the encoder no gradient."""
+    encoder, decoder = rp_pretrain.Encoder(), rp_pretrain.Decoder()
+    frames = torch.rand(4, 1, 64, 64)
+    loss = rp_pretrain.reconstruction_loss(decoder(encoder(frames).detach()), frames)
+    loss.backward()
+    assert all(p.grad is None for p in encoder.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in decoder.parameters())
+
+
+def command_line(script, *flags, cwd):
+    command = [sys.executable, str(ROOT / script), *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "script, flags, message",
+    [
+        ("ppo_encoder.py", "--encoder resnet", "--encoder"),
+        ("ppo_encoder.py", "--distractors 9", "--distractors"),
+        ("ppo_encoder.py", "--total-steps -5", "--total-steps"),
+        ("ppo_encoder.py", "--encoder oracle --total-steps 300", "--total-steps"),
+        ("ppo_encoder.py", "--encoder oracle --gamma 1", "--gamma"),
+        ("ppo_encoder.py", "--encoder-path nowhere.pt", "nowhere.pt"),
+        ("ppo_encoder.py", "--encoder-path foreign.pt", "foreign.pt"),
+        ("ppo_encoder.py", "--encoder-path text.pt", "text.pt"),
+        ("ppo_encoder.py", "--encoder oracle --out text.pt/run", "text.pt"),
+        ("rp_pretrain.py", "--tasks smell", "--tasks"),
+        ("rp_pretrain.py", "--tasks agent_x agent_x", "--tasks"),
+        ("rp_pretrain.py", "--updates -1", "--updates"),
+        ("rp_pretrain.py", "--conditioning-frames 11", "--horizon"),
+        ("rp_pretrain.py", "--updates 2 --out text.pt/run", "text.pt"),
+    ],
+)
+def test_bad_input_gets_one_clear_line(tmp_path, script, flags, message):
+    torch.save({"encoder": {"weight": torch.zeros(3)}, "z_dim": 64}, tmp_path / "foreign.pt")
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    before = sorted(tmp_path.rglob("*"))
+    result = command_line(script, *flags.split(), cwd=tmp_path)
+    assert result.returncode in (1, 2)
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ") == (result.returncode == 1)
+    assert result.returncode == 2 or result.stderr.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before  # nothing written
+
+
+def test_a_finished_run_is_not_overwritten(tmp_path):
+    pretrain(tmp_path / "p")
+    ppo(tmp_path / "q", encoder="oracle")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for again in (lambda: pretrain(tmp_path / "p"), lambda: ppo(tmp_path / "q", encoder="oracle")):
+        with pytest.raises(SystemExit, match="holds a finished run"):
+            again()
+    assert all(path.read_bytes() == content for path, content in before.items())
+    ppo(tmp_path / "q", encoder="oracle", overwrite=True)
+
+
+def test_copied_next_to_the_environment_it_runs(tmp_path):
+    for name in ("ppo_encoder.py", "sprites_env.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in TINY_PPO.items()]
+    command = [sys.executable, "ppo_encoder.py", "--encoder", "image_scratch", *flags]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=120, capture_output=True)
+    assert (tmp_path / "runs/ppo_encoder/image_scratch_d1_s1/summary.json").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_interrupted_run_keeps_its_rows_and_checkpoint(tmp_path):
+    flags = ["--encoder", "oracle", "--torch-threads", "1", "--out", "run"]
+    command = [sys.executable, str(ROOT / "ppo_encoder.py"), *flags]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    deadline = time.monotonic() + 60
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "interrupted" in errors and "Traceback" not in errors
+    assert len(untimed_rows(tmp_path / "run")) >= 1
+    assert torch.load(checkpoint)["step"] > 0
+    assert not (tmp_path / "run" / "summary.json").exists()
