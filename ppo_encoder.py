@@ -40,16 +40,16 @@ class Args:
     encoder: Input = "reward_prediction"  # true states, or images through this encoder
     distractors: Literal[0, 1, 2] = 1  # triangles in the frame
     task: Literal["follow", "repel"] = "follow"  # what the agent is paid for
-    total_steps: int = 500_000  # environment steps, all environments together
+    total_steps: int = 300_000  # environment steps, all environments together
     num_envs: int = 128  # environments in lockstep (N)
     rollout_steps: int = 40  # steps of each environment between two rounds of learning (T)
     epochs: int = 4  # passes over each rollout
     minibatches: int = 32  # gradient steps per pass
-    learning_rate: float = 1e-3  # of Adam at the start; falls linearly to zero
+    learning_rate: float = 4e-3  # of Adam at the start; falls linearly to zero
     gamma: float = 0.2  # discount factor
     gae_lambda: float = 0.95  # decay of the advantage's trace
     clip: float = 0.2  # how far the probability ratio may move from 1
-    value_coefficient: float = 0.5  # weight of the critic's loss
+    value_coefficient: float = 1.0  # weight of the critic's loss
     max_grad_norm: float = 0.5  # clipping of the gradient's norm
     encoder_path: str | None = None  # an encoder.pt (default: of this seed, made if missing)
     eval_episodes: int = 200  # fresh episodes of each evaluation, which acts without noise
@@ -74,7 +74,7 @@ class Encoder(nn.Module):
             layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), *norm, nn.ReLU()]
         self.convolutions = nn.Sequential(*layers)
         self.to_z = nn.Linear(128, z_dim)
-        orthogonal_(self)
+        orthogonal_(self).to(memory_format=torch.channels_last)  # same numbers, a fifth faster
 
     def forward(self, frames):  # float (B, 1, 64, 64) in [0, 1]
         h = self.convolutions(frames)  # (B, 128, 1, 1)
@@ -89,7 +89,8 @@ class CNN(nn.Module):
         layers, channels = [], (1, 16, 16, 16)
         for c_in, c_out in zip(channels[:-1], channels[1:]):
             layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.ReLU()]
-        self.convolutions = orthogonal_(nn.Sequential(*layers))
+        self.convolutions = nn.Sequential(*layers)
+        orthogonal_(self).to(memory_format=torch.channels_last)  # same numbers, a fifth faster
 
     def forward(self, frames):  # float (B, 1, 64, 64) in [0, 1]
         return self.convolutions(frames).flatten(1)  # (B, 16, 8, 8) -> (B, 1024)
@@ -227,7 +228,7 @@ def train(args):
     obs, z, returns = calibrate(env, obs, lambda obs: encoder(to_input(obs)), T, args)
     model = ActorCritic(encoder, z, returns, env.single_action_space.shape[0]).to(device)
     trained = [p for name, p in model.named_parameters() if not (frozen and "encoder" in name)]
-    optimizer = torch.optim.Adam(trained, lr=args.learning_rate, eps=1e-5)
+    optimizer = torch.optim.Adam(trained, lr=args.learning_rate, eps=1e-5, fused=True)
 
     @torch.no_grad()
     def features(obs):  # (N, ...) -> (N, Z)
@@ -399,12 +400,10 @@ def save_gif(path, film, milliseconds=100):
 
 def plot_returns(path, rows, args):
     """The learning curve between the returns of hand-written controllers."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
     for column, style in (("train_return", ":"), ("eval_return", "-")):
         steps = [row["step"] for row in rows]
         label = column.replace("_return", "uation" if column[0] == "e" else "ing")
@@ -417,7 +416,6 @@ def plot_returns(path, rows, args):
     axis.set_title(f"PPO, {args.encoder}, {args.distractors} distractors, seed {args.seed}")
     axis.legend(loc="lower right")
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))
-    plt.close(figure)
 
 
 def to_float(frames, device):
@@ -443,11 +441,8 @@ def prepare(args):
     if platform.libc_ver()[0] == "glibc":
         # Large activations come and go with every update. By default glibc hands them back to
         # the system each time and maps them anew, page by page: up to half of the time.
-        libc = ctypes.CDLL(None)
-        M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
-        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
-        libc.mallopt(M_TOP_PAD, 1 << 28)
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        for option, value in ((-1, 1 << 30), (-2, 1 << 28), (-3, 1 << 30)):
+            ctypes.CDLL(None).mallopt(option, value)  # M_TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD
     cuda = args.device != "cpu" and torch.cuda.is_available()
     return torch.device("cuda" if cuda else "cpu")
 
@@ -457,12 +452,12 @@ def open_run(args, name):
     out = Path(args.out or Path("runs") / Path(__file__).stem / name)
     if (out / "summary.json").exists() and not args.overwrite:
         raise SystemExit(f"error: {out} holds a finished run: use --overwrite, or --out FOLDER")
+    versions = {module.__name__: module.__version__ for module in (np, torch, gymnasium)}
+    facts = {"arguments": asdict(args), "python": platform.python_version(), **versions}
+    facts |= {"threads": torch.get_num_threads(), "git_commit": git_commit()}
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "summary.json").unlink(missing_ok=True)
-        versions = {module.__name__: module.__version__ for module in (np, torch, gymnasium)}
-        facts = {"arguments": asdict(args), "python": platform.python_version(), **versions}
-        facts |= {"cpu_count": os.cpu_count(), "git_commit": git_commit()}
         write_whole(out / "args.json", lambda t: t.write_text(json.dumps(facts, indent=1)))
     except OSError as error:
         raise SystemExit(f"error: cannot write to {out}: {error.strerror}") from None

@@ -71,9 +71,9 @@ class Args:
     objective: Objective = "reward_prediction"  # what shapes the encoder
     tasks: tuple[Task, ...] = POSITIONS  # rewards to predict; try one alone
     distractors: Literal[0, 1, 2] = 1  # triangles in the frame
-    updates: int = 12_000  # gradient steps
+    updates: int = 8_000  # gradient steps
     batch_size: int = 32  # sequences per update (B)
-    conditioning_frames: int = 3  # frames that the model sees (N)
+    conditioning_frames: int = 3  # frames that the predictor sees (N); reconstruction: 1
     horizon: int = 10  # steps to predict (T), from the first conditioning frame on
     learning_rate: float = 4e-3  # of RAdam at its peak: 5 % linear warm-up, then a cosine to zero
     z_dim: int = 64  # size of the representation (Z)
@@ -99,7 +99,7 @@ class Encoder(nn.Module):
             layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), *norm, nn.ReLU()]
         self.convolutions = nn.Sequential(*layers)
         self.to_z = nn.Linear(128, z_dim)
-        orthogonal_(self)
+        orthogonal_(self).to(memory_format=torch.channels_last)  # same numbers, a fifth faster
 
     def forward(self, frames):  # float (B, 1, 64, 64) in [0, 1]
         h = self.convolutions(frames)  # (B, 128, 1, 1)
@@ -191,7 +191,8 @@ def train(args):
         raise SystemExit("error: --tasks needs at least one task, each named once")
     if args.horizon < args.conditioning_frames:
         raise SystemExit("error: --horizon must reach over the --conditioning-frames")
-    by_reward, N, T = args.objective == "reward_prediction", args.conditioning_frames, args.horizon
+    by_reward, T = args.objective == "reward_prediction", args.horizon
+    N = args.conditioning_frames if by_reward else 1  # neighbouring frames add little to look at
     tasks = "_" + "+".join(args.tasks) if by_reward and args.tasks != POSITIONS else ""
     out = open_run(args, f"{args.objective}{tasks}_d{args.distractors}_s{args.seed}")
     device = prepare(args)
@@ -310,42 +311,32 @@ def to_float(frames, device):
 
 def plot_decoded(path, frames, decoded, title):
     """Row 1: true frames (M, 1, 64, 64); row 2: what the decoder makes of their z."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        2, len(frames), figsize=(len(frames), 2.5), squeeze=False, layout="constrained"
-    )
-    for row, images, label in zip(axes, (frames, decoded), ("true", "decoded from z")):
+    figure = Figure(figsize=(len(frames), 2.4), layout="constrained")
+    axes = figure.subplots(2, len(frames), squeeze=False)
+    for row, images, label in zip(axes, (frames, decoded), ("true", "decoded")):
         row[0].set_ylabel(label)
         for axis, image in zip(row, images):
             axis.imshow(image[0].cpu().numpy(), cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
     figure.suptitle(title, fontsize=10)
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))
-    plt.close(figure)
 
 
 def plot_curve(path, rows, panels, x_label):
     """One panel per (y label, names of columns); `rows` are those of curve.csv."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(5 * len(panels), 3.5), squeeze=False, layout="constrained"
-    )
-    for axis, (y_label, names) in zip(axes[0], panels):
+    figure = Figure(figsize=(5 * len(panels), 3.5), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (y_label, names) in zip(axes, panels):
         for name in names:
             axis.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
         axis.set(xlabel=x_label, ylabel=y_label)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))
-    plt.close(figure)
 
 
 def check_positive(args, *names):
@@ -366,11 +357,8 @@ def prepare(args):
     if platform.libc_ver()[0] == "glibc":
         # Large activations come and go with every update. By default glibc hands them back to
         # the system each time and maps them anew, page by page: up to half of the time.
-        libc = ctypes.CDLL(None)
-        M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
-        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
-        libc.mallopt(M_TOP_PAD, 1 << 28)
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        for option, value in ((-1, 1 << 30), (-2, 1 << 28), (-3, 1 << 30)):
+            ctypes.CDLL(None).mallopt(option, value)  # M_TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD
     cuda = args.device != "cpu" and torch.cuda.is_available()
     return torch.device("cuda" if cuda else "cpu")
 
@@ -380,12 +368,12 @@ def open_run(args, name):
     out = Path(args.out or Path("runs") / Path(__file__).stem / name)
     if (out / "summary.json").exists() and not args.overwrite:
         raise SystemExit(f"error: {out} holds a finished run: use --overwrite, or --out FOLDER")
+    versions = {module.__name__: module.__version__ for module in (np, torch, gymnasium)}
+    facts = {"arguments": asdict(args), "python": platform.python_version(), **versions}
+    facts |= {"threads": torch.get_num_threads(), "git_commit": git_commit()}
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "summary.json").unlink(missing_ok=True)
-        versions = {module.__name__: module.__version__ for module in (np, torch, gymnasium)}
-        facts = {"arguments": asdict(args), "python": platform.python_version(), **versions}
-        facts |= {"cpu_count": os.cpu_count(), "git_commit": git_commit()}
         write_whole(out / "args.json", lambda t: t.write_text(json.dumps(facts, indent=1)))
     except OSError as error:
         raise SystemExit(f"error: cannot write to {out}: {error.strerror}") from None
