@@ -40,7 +40,7 @@ class Args:
     encoder: Input = "reward_prediction"  # true states, or images through this encoder
     distractors: Literal[0, 1, 2] = 1  # triangles in the frame
     task: Literal["follow", "repel"] = "follow"  # what the agent is paid for
-    total_steps: int = 300_000  # environment steps, all environments together
+    total_steps: int = 250_000  # environment steps, all environments together
     num_envs: int = 128  # environments in lockstep (N)
     rollout_steps: int = 40  # steps of each environment between two rounds of learning (T)
     epochs: int = 4  # passes over each rollout

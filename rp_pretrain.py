@@ -207,7 +207,7 @@ def train(args):
     optimizer = torch.optim.RAdam(
         [p for module in trained for p in module.parameters()], lr=args.learning_rate
     )
-    warm_up = max(1, args.updates // 20)
+    warm_up = max(200, args.updates // 20)  # RAdam takes its first steps unscaled: keep them small
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda u: min(1, (u + 1) / warm_up) * (1 + math.cos(math.pi * u / args.updates)) / 2,

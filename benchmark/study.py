@@ -45,7 +45,7 @@ class Args:
     encoders: tuple[str, ...] = ENCODERS  # which of the seven
     distractors: tuple[int, ...] = (0, 1, 2)  # numbers of distractors
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # one run each
-    total_steps: int = 500_000  # environment steps of each PPO run
+    total_steps: int = 250_000  # environment steps of each PPO run
     jobs: int = os.cpu_count() or 1  # processes at a time, one thread each
     stage: Literal["all", "pretrain", "ppo", "gather"] = "all"  # what to do
     dry_run: bool = False  # print the commands instead
