@@ -19,7 +19,11 @@ Notation
     B batch, N conditioning frames, T predicted steps, K tasks, Z latent size, H hidden size.
 
 Differs from the paper
-    1. TO BE WRITTEN
+    1. No batch normalisation (--batch-norm turns it on): BATCHNORM.
+    2. The predicted steps start at the first conditioning frame and are ten: the nearer the
+       rewards are to the frames, the sharper the encoder's gradient.
+    3. RAdam at 4e-3 with warm-up and a cosine, small batches, orthogonal initialisation.
+    4. Data is drawn afresh for every update instead of from a fixed set: nothing to overfit.
 
 Run
     python rp_pretrain.py --distractors 2
@@ -34,10 +38,13 @@ Writes
     `mse_image` (per pixel), `r2_<object>_<axis>` (linear probe on z, held out), `minutes`.
 
 Result
-    TO BE WRITTEN
+    RESULT
 
 Try
-    TO BE WRITTEN
+    1. --tasks agent_x: which object, and which of its coordinates, survives in decoded.png?
+    2. --distractors 2 with either objective: who still sees the triangles, and at what cost?
+    3. --tasks follow: is the distance alone enough to find both objects? How much longer does
+       it take than with the four positions?
 """
 
 import csv
@@ -46,6 +53,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -88,18 +96,23 @@ class Args:
 # --- Networks --------------------------------------------------------------------------------
 
 
+def strided_convolutions(channels, batch_norm=False):
+    """3 x 3 convolutions, each halving the image's height and width, with ReLUs between."""
+    layers = []
+    for c_in, c_out in zip(channels[:-1], channels[1:]):
+        norm = [nn.BatchNorm2d(c_out)] if batch_norm else []
+        layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), *norm, nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
 class Encoder(nn.Module):
-    """Six stride-2 convolutions, 64 x 64 -> 1 x 1 pixel, then a linear map to z."""
+    """Six convolutions, 64 x 64 -> 1 x 1 pixel, and a linear map: an image becomes a vector z."""
 
     def __init__(self, z_dim=64, batch_norm=False):
         super().__init__()
-        layers, channels = [], (1, 4, 8, 16, 32, 64, 128)
-        for c_in, c_out in zip(channels[:-1], channels[1:]):
-            norm = [nn.BatchNorm2d(c_out)] if batch_norm else []
-            layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), *norm, nn.ReLU()]
-        self.convolutions = nn.Sequential(*layers)
+        self.convolutions = strided_convolutions((1, 4, 8, 16, 32, 64, 128), batch_norm)
         self.to_z = nn.Linear(128, z_dim)
-        orthogonal_(self).to(memory_format=torch.channels_last)  # same numbers, a fifth faster
+        orthogonal_(self)
 
     def forward(self, frames):  # float (B, 1, 64, 64) in [0, 1]
         h = self.convolutions(frames)  # (B, 128, 1, 1)
@@ -146,12 +159,13 @@ def mlp(size_in, hidden, size_out):
 
 def orthogonal_(module, gain=math.sqrt(2)):
     """Orthogonal weights and zero biases. With PyTorch's default, the signal all but vanishes on
-    its way through six stride-2 layers, and nothing is learnt for thousands of updates."""
+    its way through six stride-2 layers, and nothing is learnt for thousands of updates.
+    Channels last in memory: the same numbers, a fifth faster on CPUs."""
     for layer in module.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             nn.init.orthogonal_(layer.weight, gain)
             nn.init.zeros_(layer.bias)
-    return module
+    return module.to(memory_format=torch.channels_last)
 
 
 # --- The algorithm: losses and the probe, pure functions of tensors --------------------------
@@ -279,7 +293,7 @@ def train(args):
             log.report(update, loss=loss.item(), **metrics)
             save(out / "checkpoint.pt")
 
-    summary = metrics | {"updates": args.updates, "minutes": log.minutes()}
+    summary = metrics | {"updates": args.updates, "minutes": round(log.minutes(), 2)}
     columns = list(metrics)
     panels = [("mean squared error, held out", [c for c in columns if c.startswith("mse")])]
     panels += [("R² of a linear probe on z", [c for c in columns if c.startswith("r2")])]
@@ -368,9 +382,11 @@ def open_run(args, name):
     out = Path(args.out or Path("runs") / Path(__file__).stem / name)
     if (out / "summary.json").exists() and not args.overwrite:
         raise SystemExit(f"error: {out} holds a finished run: use --overwrite, or --out FOLDER")
-    versions = {module.__name__: module.__version__ for module in (np, torch, gymnasium)}
-    facts = {"arguments": asdict(args), "python": platform.python_version(), **versions}
-    facts |= {"threads": torch.get_num_threads(), "git_commit": git_commit()}
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout
+    facts = {"arguments": asdict(args), "git_commit": (commit or "").strip() or None}
+    facts |= {module.__name__: module.__version__ for module in (np, torch, gymnasium)}
+    facts |= {"python": platform.python_version(), "threads": torch.get_num_threads()}
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "summary.json").unlink(missing_ok=True)
@@ -378,15 +394,6 @@ def open_run(args, name):
     except OSError as error:
         raise SystemExit(f"error: cannot write to {out}: {error.strerror}") from None
     return out
-
-
-def git_commit():
-    """The commit of the folder that holds this script, or None."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    except OSError:
-        return None
 
 
 def write_whole(path, save):
@@ -397,14 +404,17 @@ def write_whole(path, save):
 
 
 class Log:
-    """Appends a row to curve.csv and prints a line at every report."""
+    """Appends a row to curve.csv and prints a line of progress at every report."""
 
     def __init__(self, out, total):
         self.path, self.total = out / "curve.csv", total
         self.start, self.rows = time.perf_counter(), []
 
+    def minutes(self):
+        return (time.perf_counter() - self.start) / 60
+
     def report(self, step, **metrics):
-        seconds = time.perf_counter() - self.start
+        seconds = 60 * self.minutes()
         row = {"step": step, "seconds": round(seconds, 2)}
         row |= {"steps_per_second": round(step / seconds, 1)} | metrics
         with open(self.path, "a" if self.rows else "w", newline="") as file:
@@ -416,11 +426,9 @@ class Log:
         left = seconds * (self.total / step - 1)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:4])
         line = f"{step:,}/{self.total:,}  {step / seconds:,.0f}/s  {left:.0f} s left  {shown}"
-        print(f"\r\033[K{line}" if sys.stdout.isatty() else line, end="", flush=True)
-        print(end="" if sys.stdout.isatty() and step < self.total else "\n", flush=True)
-
-    def minutes(self):
-        return round((time.perf_counter() - self.start) / 60, 2)
+        live = sys.stdout.isatty()  # one line that changes, or else one line a report
+        end = "" if live and step < self.total else "\n"
+        print(f"\r\033[K{line}" if live else line, end=end, flush=True)
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def short(row):
 def run(jobs, parallel):
     """Run the jobs, `parallel` at a time; a job waits for the encoder that it needs."""
     waiting, running, failed, start, total = list(jobs), {}, [], time.time(), len(jobs)
-    gathered = 0
+    shown = None
     try:
         while waiting or running:
             for job, process in list(running.items()):
@@ -171,8 +171,8 @@ def run(jobs, parallel):
                 print(f"\n{len(waiting)} runs wait for an encoder whose pretraining failed")
                 break
             count = total - len(waiting) - len(running)
-            if count > gathered or not gathered:
-                gathered = max(count, 1)
+            if count != shown:
+                shown = count
                 names = ", ".join(job.out.name for job in running)
                 left = (time.time() - start) / max(count, 1) * (total - count) / 60
                 print(f"{count}/{total}  running {names}  {left:.0f} min left", flush=True)

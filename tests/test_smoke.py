@@ -83,14 +83,16 @@ def test_ppo_pretrains_when_the_encoder_is_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     commands = []
 
-    def run(command):
+    real_run = subprocess.run
+
+    def run(command, **options):
+        if command[0] == "git":
+            return real_run(command, **options)
         commands.append(command)
         pretrain(command[command.index("--out") + 1], seed=5)
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(ppo_encoder.subprocess, "run", run)
-    monkeypatch.setattr(ppo_encoder, "git_commit", lambda: None)
-    monkeypatch.setattr(rp_pretrain, "git_commit", lambda: None)
     ppo("out", encoder="reward_prediction_finetune", seed=5)
     (command,) = commands
     assert command[0] == sys.executable and Path(command[1]).name == "rp_pretrain.py"
