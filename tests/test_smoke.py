@@ -212,3 +212,26 @@ def test_interrupted_run_keeps_its_rows_and_checkpoint(tmp_path):
     assert len(untimed_rows(tmp_path / "run")) >= 1
     assert torch.load(checkpoint)["step"] > 0
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_the_example_of_the_readme(tmp_path):
+    """The lines that the README changes for another environment are there, and work."""
+    readme = (ROOT / "README.md").read_text()
+    diff = readme.split("```diff\n")[1].split("```")[0].splitlines()
+    source = (ROOT / "ppo_encoder.py").read_text().split("\n")
+    at = 0
+    for line in diff:
+        if line[0] == "-":
+            assert source.count(line[1:]) == 1, line
+            at = source.index(line[1:])
+            del source[at]
+        else:
+            source.insert(at, line[1:])
+            at += 1
+    (tmp_path / "pendulum.py").write_text("\n".join(source))
+    shutil.copy(ROOT / "sprites_env.py", tmp_path)
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in TINY_PPO.items()]
+    command = [sys.executable, "pendulum.py", "--encoder", "oracle", "--out", "run", *flags]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=120, capture_output=True)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert -2000 < summary["eval_return_mean"] < 0
