@@ -135,23 +135,23 @@ def _start(uniform):  # (N, K, 5) in [0, 1): four numbers for the state, one for
     return move(low + span * uniform[..., :4]), shapes
 
 
-def sample_trajectories(rng, batch, length, distractors, frames=None):
+def sample_trajectories(rng, batch, length, distractors, num_frames=None):
     """Reward-annotated trajectories for pretraining, in which every object, the agent too, keeps
     its velocity and bounces.
 
-    Returns `frames` uint8 (batch, frames, 64, 64), drawn for the first `frames` steps only (all
-    if None: drawing is the cost); `states` float64 (batch, length, K, 4); `rewards`, a dict of
+    Returns `frames` uint8 (batch, num_frames, 64, 64), drawn for the first `num_frames` steps only
+    (all if None: drawing is the cost); `states` float64 (batch, length, K, 4); `rewards`, a dict of
     float32 (batch, length) by name of `PRETRAINING_REWARDS`."""
-    frames = length if frames is None else min(frames, length)
+    num_frames = length if num_frames is None else min(num_frames, length)
     states, shapes = sample_states(rng, batch, distractors)
     trajectory = [states]
     for _ in range(length - 1):
         trajectory.append(move(trajectory[-1]))
     states = np.stack(trajectory, axis=1)
-    drawn = states[:, :frames, :, :2].reshape(batch * frames, -1, 2)
-    images = draw(drawn, np.repeat(shapes, frames, axis=0))
+    drawn = states[:, :num_frames, :, :2].reshape(batch * num_frames, -1, 2)
+    images = draw(drawn, np.repeat(shapes, num_frames, axis=0))
     rewards = {name: f(states).astype(np.float32) for name, f in PRETRAINING_REWARDS.items()}
-    return images.reshape(batch, frames, SIZE, SIZE), states, rewards
+    return images.reshape(batch, num_frames, SIZE, SIZE), states, rewards
 
 
 # --- Drawing: a row of 64 pixels is one 64-bit word ------------------------------------------
@@ -249,7 +249,9 @@ def _observe(states, shapes, observation):  # (N, K, 4) -> (N, 1, 64, 64) or (N,
 
 
 def _given_start(options, sampled, shapes):
-    """The start that `reset(options=...)` asks for, checked; sampled (N, K, 4), shapes (N, K)."""
+    """The start that `reset(options=...)` asks for, checked against one sampled at random."""
+    if set(options) - {"state", "shapes"}:
+        raise ValueError(f"reset: options are 'state' and 'shapes', not {sorted(options)}")
     states = np.array(options.get("state", sampled), dtype=np.float64)
     shapes = np.array(options.get("shapes", shapes), dtype=np.intp)
     if states.shape != sampled.shape or shapes.shape != sampled.shape[:-1]:

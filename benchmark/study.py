@@ -105,7 +105,7 @@ def read(path):
 def write(path, rows):
     """Sorted, whole or not at all."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    temporary = path.with_name("unfinished_" + path.name)
+    temporary = path.with_name(f"unfinished_{os.getpid()}_{path.name}")
     with open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
@@ -131,8 +131,11 @@ def gather(jobs):
             if job.script != script or key in have or not (job.out / "summary.json").exists():
                 continue
             summary = json.loads((job.out / "summary.json").read_text())
-            finals.append(dict(zip(names, key)) | short(summary))
-            for row in read(job.out / "curve.csv"):
+            commit = json.loads((job.out / "args.json").read_text())["git_commit"] or ""
+            finals.append(dict(zip(names, key)) | short(summary) | {"git_commit": commit[:9]})
+            rows = read(job.out / "curve.csv")
+            rows[-1]["step"] = summary.get("steps", rows[-1]["step"])  # taken, not asked for
+            for row in rows:
                 curves.append(dict(zip(names, key)) | short(row))
         order = lambda row, names=names: tuple(row[name].zfill(9) for name in names)  # noqa: E731
         for name, rows in ((f"{script}.csv", curves), (f"{script}_final.csv", finals)):
@@ -168,7 +171,8 @@ def run(jobs, parallel):
                     running[job] = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
                 continue
             if waiting and not running:
-                print(f"\n{len(waiting)} runs wait for an encoder whose pretraining failed")
+                print(f"\n{len(waiting)} runs lack an encoder (failed, or not planned)")
+                failed += waiting
                 break
             count = total - len(waiting) - len(running)
             if count != shown:

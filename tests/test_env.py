@@ -84,7 +84,7 @@ def test_dynamics_and_reward_by_hand():
 def test_constant_velocity_is_a_triangle_wave():
     """Many steps against the closed form, and in bounds at any time."""
     rng = np.random.default_rng(0)
-    _, states, rewards = sprites_env.sample_trajectories(rng, 50, 60, 2, frames=1)
+    _, states, rewards = sprites_env.sample_trajectories(rng, 50, 60, 2, num_frames=1)
     t = np.arange(60)[None, :, None, None]
     unfolded = states[:, :1, :, :2] - 0.1 + t * states[:, :1, :, 2:]
     phase = unfolded % 1.6
@@ -97,7 +97,9 @@ def test_constant_velocity_is_a_triangle_wave():
 
 
 def test_trajectory_frames_are_those_of_the_states():
-    frames, states, _ = sprites_env.sample_trajectories(np.random.default_rng(1), 4, 6, 1, frames=3)
+    frames, states, _ = sprites_env.sample_trajectories(
+        np.random.default_rng(1), 4, 6, 1, num_frames=3
+    )
     assert frames.shape == (4, 3, 64, 64) and frames.dtype == np.uint8
     for b in range(4):  # the target, a full square of 10 x 10 pixels, is where its state says
         for t in range(3):

@@ -23,8 +23,11 @@ def test_reward_prediction_loss_by_hand():
 def test_reconstruction_loss_by_hand():
     frames = torch.zeros(2, 1, 64, 64)
     decoded = torch.zeros(2, 1, 64, 64)
-    decoded[0, 0, 3, 4], decoded[1, 0, 0, 0] = 2.0, -1.0  # squared errors 4 and 1, two frames
-    assert rp_pretrain.reconstruction_loss(decoded, frames).item() == pytest.approx(2.5)
+    decoded[0, 0, 3, 4], decoded[1, 0, 0, 0] = (
+        2.0,
+        -1.0,
+    )  # squared errors 4 and 1 among 2 x 4096 pixels
+    assert rp_pretrain.reconstruction_loss(decoded, frames).item() == pytest.approx(5 / 8192)
 
 
 @pytest.mark.parametrize(
