@@ -33,7 +33,7 @@ Run
 Writes
     to runs/rp_pretrain/<objective>[_<tasks>]_d<distractors>_s<seed>/:
     args.json, curve.csv, curve.png, decoded.png (true frames above decoded ones), checkpoint.pt
-    (everything, at every report), encoder.pt (at the end: what ppo_encoder.py loads) and
+    (all networks, at every report), encoder.pt (the encoder, at the end, for ppo_encoder.py) and
     summary.json with `mse` (mean over tasks and steps, held out), `mse_<task>`, `mse_first_step`,
     `mse_image` (per pixel), `r2_<object>_<axis>` (linear probe on z, held out), `minutes`.
 
@@ -259,13 +259,11 @@ def train(args):
         encoder.train()
         return metrics
 
-    def save(path):
-        modules = {"encoder": encoder, "decoder": decoder, "predictor": predictor}
-        states = {name: module.state_dict() for name, module in modules.items()}
-        facts = {"objective": args.objective, "tasks": list(args.tasks)}
-        facts |= {"distractors": args.distractors, "z_dim": args.z_dim}
-        facts |= {"batch_norm": args.batch_norm, "update": update}
-        write_whole(path, lambda temporary: torch.save(states | facts, temporary))
+    def save(path, **modules):
+        facts = {"objective": args.objective, "tasks": list(args.tasks), "update": update}
+        facts |= {name: getattr(args, name) for name in ("distractors", "z_dim", "batch_norm")}
+        facts |= {name: module.state_dict() for name, module in modules.items()}
+        write_whole(path, lambda temporary: torch.save(facts, temporary))
 
     log, reports = Log(out, args.updates), {math.ceil(args.updates * i / 20) for i in range(1, 21)}
     for update in range(1, args.updates + 1):
@@ -277,7 +275,7 @@ def train(args):
         if by_reward:
             predicted = predictor(z.unflatten(0, (-1, N)), T)  # (B, T, K)
             loss = total_loss = reward_prediction_loss(predicted, rewards)
-            if update % 4 == 0:  # the decoder looks on: no gradient reaches the encoder
+            if update % 4 == 0:  # the decoder looks on, now and then: the encoder gets no gradient
                 decoded = decoder(z[::N].detach())
                 total_loss = loss + reconstruction_loss(decoded, frames[::N])
         else:
@@ -291,7 +289,7 @@ def train(args):
         if update in reports:
             metrics = evaluate()
             log.report(update, loss=loss.item(), **metrics)
-            save(out / "checkpoint.pt")
+            save(out / "checkpoint.pt", encoder=encoder, decoder=decoder, predictor=predictor)
 
     summary = metrics | {"updates": args.updates, "minutes": round(log.minutes(), 2)}
     columns = list(metrics)
@@ -302,7 +300,7 @@ def train(args):
     decoded = decoder(encoder(probe_frames[:8])).detach()
     title = f"{args.objective}{tasks}, {args.distractors} distractors"
     plot_decoded(out / "decoded.png", probe_frames[:8], decoded, title)
-    save(out / "encoder.pt")
+    save(out / "encoder.pt", encoder=encoder)
     write_whole(out / "summary.json", lambda t: t.write_text(json.dumps(summary, indent=1)))
     return summary
 
@@ -348,6 +346,8 @@ def plot_curve(path, rows, panels, x_label):
         for name in names:
             axis.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
         axis.set(xlabel=x_label, ylabel=y_label)
+        if "error" in y_label:
+            axis.set_yscale("log")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))

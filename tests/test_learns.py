@@ -1,11 +1,12 @@
-"""Short, real learning: what a broken loss, gradient or bootstrap would not survive."""
+"""Short, real learning, with thresholds that neither blind nor half-broken agents reach."""
 
 import ppo_encoder
 import rp_pretrain
 
 
 def test_oracle_ppo_chases(tmp_path):
-    """60,000 steps, seconds. The centre of the frame is worth 31.2, chasing 37.95."""
+    """60,000 steps, seconds. Chasing is worth 37.95; without the bootstrap at the time limit or
+    without the critic's gradient it stays below 38."""
     args = ppo_encoder.Args(
         encoder="oracle", distractors=1, total_steps=60_000, torch_threads=1, out=str(tmp_path)
     )
@@ -24,12 +25,12 @@ def test_pretraining_finds_the_target_and_not_the_distractor(tmp_path):
 
 
 def test_ppo_learns_from_pixels(tmp_path):
-    """40,000 steps: no more than a start, but one that an encoder without gradient misses."""
+    """60,000 steps, above what waiting in the centre is worth (31.2): the target has been seen."""
     args = ppo_encoder.Args(
         encoder="image_scratch",
         distractors=0,
-        total_steps=40_000,
+        total_steps=60_000,
         torch_threads=1,
         out=str(tmp_path),
     )
-    assert ppo_encoder.train(args)["eval_return_mean"] > 30
+    assert ppo_encoder.train(args)["eval_return_mean"] > 32

@@ -16,6 +16,7 @@ from PIL import Image
 
 import ppo_encoder
 import rp_pretrain
+import sprites_env
 
 ROOT = Path(__file__).parent.parent
 TINY_PRETRAINING = {"updates": 4, "batch_size": 2, "distractors": 1, "torch_threads": 1}
@@ -115,30 +116,67 @@ def test_frozen_encoders_stay_and_finetuned_ones_move(tmp_path):
         assert all(changed) if moves else not any(changed)
 
 
-def test_first_ratio_is_one():
-    """What is stored while acting is what learning recomputes: the first ratios are exactly 1."""
-    torch.manual_seed(0)
-    frames = torch.rand(8, 1, 64, 64)
-    for batch_norm in (False, True):
-        encoder = ppo_encoder.Encoder(batch_norm=batch_norm).eval()
-        model = ppo_encoder.ActorCritic(encoder, encoder(frames).detach(), torch.randn(9), 2)
-        mean = model.actor(model.features(frames))
-        action = mean.detach() + 0.1
-        stored = ppo_encoder.gaussian_log_prob(action, mean, model.log_std).detach()
-        some = torch.tensor([5, 2, 7])
-        mean = model.actor(model.features(frames[some]))
-        again = ppo_encoder.gaussian_log_prob(action[some], mean, model.log_std)
-        np.testing.assert_allclose((again - stored[some]).exp().detach(), 1, atol=1e-5)
+def test_acting_and_learning_see_the_same_policy(tmp_path):
+    """Before the first gradient step all ratios are 1: batch normalisation would break this if it
+    used the batch's statistics."""
+    pretrain(tmp_path / "encoder", batch_norm=True)
+    path = str(tmp_path / "encoder" / "encoder.pt")
+    whole = {"epochs": 1, "minibatches": 1}
+    ppo(tmp_path / "run", encoder="reward_prediction_finetune", encoder_path=path, **whole)
+    for row in untimed_rows(tmp_path / "run"):
+        assert abs(float(row["kl"])) < 1e-6 and float(row["clip_fraction"]) == 0
 
 
-def test_detached_decoder_leaves_the_encoder_alone():
-    """The decoder that looks on during reward prediction sends the encoder no gradient."""
-    encoder, decoder = rp_pretrain.Encoder(), rp_pretrain.Decoder()
-    frames = torch.rand(4, 1, 64, 64)
-    loss = rp_pretrain.reconstruction_loss(decoder(encoder(frames).detach()), frames)
-    loss.backward()
-    assert all(p.grad is None for p in encoder.parameters())
-    assert all(p.grad.abs().sum() > 0 for p in decoder.parameters())
+def test_the_watching_decoder_leaves_the_encoder_alone(tmp_path, monkeypatch):
+    pretrain(tmp_path / "a", updates=8)
+    loss = rp_pretrain.reconstruction_loss
+    monkeypatch.setattr(rp_pretrain, "reconstruction_loss", lambda *args: 100 * loss(*args))
+    pretrain(tmp_path / "b", updates=8)
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt") for name in "ab")
+    assert all(torch.equal(a["encoder"][k], b["encoder"][k]) for k in a["encoder"])
+    assert not all(torch.equal(a["decoder"][k], b["decoder"][k]) for k in a["decoder"])
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_follows_the_end_of_an_episode(tmp_path, monkeypatch, terminal):
+    """At a time limit V(final_obs) is bootstrapped, at a terminal state 0; elsewhere the next V.
+
+    V is replaced by a quantity one can look up: 1 + the agent's x."""
+    seen, final = [], []
+    step, gae = sprites_env.SpritesVectorEnv.step, ppo_encoder.generalized_advantages
+
+    def watched_step(env, actions):
+        obs, reward, terminated, truncated, info = step(env, actions)
+        final.append(info["final_obs"][:, 0] if "final_obs" in info else None)
+        if terminal:
+            terminated, truncated = truncated, terminated
+        return obs, reward, terminated, truncated, info
+
+    def watched_gae(rewards, values, next_values, ended, gamma, lam):
+        seen.append((values, next_values, ended))
+        return gae(rewards, values, next_values, ended, gamma, lam)
+
+    monkeypatch.setattr(sprites_env.SpritesVectorEnv, "step", watched_step)
+    monkeypatch.setattr(ppo_encoder, "generalized_advantages", watched_gae)
+    monkeypatch.setattr(ppo_encoder, "evaluate", lambda *args: np.zeros(2))
+    monkeypatch.setattr(ppo_encoder, "save_gif", lambda *args: None)
+    monkeypatch.setattr(ppo_encoder.ActorCritic, "features", lambda model, x: x)
+    monkeypatch.setattr(ppo_encoder.ActorCritic, "value", lambda model, z: 1 + z[:, 0])
+    ppo(tmp_path, encoder="oracle", rollout_steps=30, total_steps=30 * 4 * 2)
+    values, next_values, ended = seen[-1]  # steps 31 to 60: the episode ends with step 40
+    assert ended.nonzero()[:, 0].unique().tolist() == [9]
+    expected = 0 if terminal else 1 + torch.from_numpy(final[39])
+    assert torch.equal(next_values[9], expected * torch.ones(4))
+    assert not torch.equal(next_values[9], values[10])
+    others = [t for t in range(29) if t != 9]
+    assert torch.equal(next_values[others], values[[t + 1 for t in others]])
+
+
+def test_evaluation_does_not_disturb_training(tmp_path):
+    ppo(tmp_path / "a", encoder="oracle", eval_episodes=2)
+    ppo(tmp_path / "b", encoder="oracle", eval_episodes=5)
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt")["model"] for name in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def command_line(script, *flags, cwd):
@@ -154,6 +192,12 @@ def command_line(script, *flags, cwd):
         ("ppo_encoder.py", "--total-steps -5", "--total-steps"),
         ("ppo_encoder.py", "--encoder oracle --total-steps 300", "--total-steps"),
         ("ppo_encoder.py", "--encoder oracle --gamma 1", "--gamma"),
+        ("ppo_encoder.py", "--encoder oracle --clip -1", "--clip"),
+        ("ppo_encoder.py", "--encoder oracle --num-envs 1 --minibatches 21", "--minibatches"),
+        ("ppo_encoder.py", "--encoder oracle --encoder-path text.pt", "--encoder-path"),
+        ("ppo_encoder.py", "--encoder oracle --seed -1", "--seed"),
+        ("ppo_encoder.py", "--encoder oracle --device cuda", "--device cuda"),
+        ("ppo_encoder.py", f"--encoder oracle --out {'long' * 99}", "long"),
         ("ppo_encoder.py", "--encoder-path nowhere.pt", "nowhere.pt"),
         ("ppo_encoder.py", "--encoder-path foreign.pt", "foreign.pt"),
         ("ppo_encoder.py", "--encoder-path text.pt", "text.pt"),
@@ -168,6 +212,8 @@ def command_line(script, *flags, cwd):
 def test_bad_input_gets_one_clear_line(tmp_path, script, flags, message):
     torch.save({"encoder": {"weight": torch.zeros(3)}, "z_dim": 64}, tmp_path / "foreign.pt")
     (tmp_path / "text.pt").write_text("not a checkpoint")
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
     before = sorted(tmp_path.rglob("*"))
     result = command_line(script, *flags.split(), cwd=tmp_path)
     assert result.returncode in (1, 2)
@@ -198,9 +244,10 @@ def test_copied_next_to_the_environment_it_runs(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
-def test_interrupted_run_keeps_its_rows_and_checkpoint(tmp_path):
-    flags = ["--encoder", "oracle", "--torch-threads", "1", "--out", "run"]
-    command = [sys.executable, str(ROOT / "ppo_encoder.py"), *flags]
+@pytest.mark.parametrize("script", ["ppo_encoder.py --encoder oracle", "rp_pretrain.py"])
+def test_interrupted_run_keeps_its_rows_and_checkpoint(tmp_path, script):
+    script, *flags = script.split()
+    command = [sys.executable, str(ROOT / script), *flags, "--torch-threads", "1", "--out", "run"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     checkpoint = tmp_path / "run" / "checkpoint.pt"
     deadline = time.monotonic() + 60
@@ -210,7 +257,7 @@ def test_interrupted_run_keeps_its_rows_and_checkpoint(tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and "interrupted" in errors and "Traceback" not in errors
     assert len(untimed_rows(tmp_path / "run")) >= 1
-    assert torch.load(checkpoint)["step"] > 0
+    assert torch.load(checkpoint)["step" if flags else "update"] > 0
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
