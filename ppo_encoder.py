@@ -13,12 +13,13 @@ Paper
     "Task-Induced Representation Learning", ICLR 2022, arXiv 2204.11827.
 
 Equations
-    (1)  Âₜ = δₜ + γλ Âₜ₊₁,   δₜ = rₜ + γ V(sₜ₊₁) − V(sₜ)
+    (1)  Âₜ = δₜ + γλ (1 − endedₜ) Âₜ₊₁,   δₜ = rₜ + γ V(sₜ₊₁) − V(sₜ)
     (2)  maximise  E[min(ρ Â, clip(ρ, 1 − ε, 1 + ε) Â)],   ρ = π(a|s) / π_old(a|s)
     (3)  minimise  E[(V(s) − (Â + V_old(s)))²]
 
 Notation
-    N environments, T steps of a rollout, B minibatch, Z size of the representation z, A action.
+    N environments, T steps of a rollout, B minibatch, Z size of the representation z, A action,
+    M = N T samples of the calibration, D dimensions of whatever is standardised.
 
 Differs from the paper
     1. γ = 0.2 instead of 0.95-0.99. Chasing is a greedy business: the next reward tells all.
@@ -28,8 +29,9 @@ Differs from the paper
     3. z and the returns are standardised by constants measured in a first, random rollout, so
        that critic, actor and encoder start on one scale, whatever the encoder.
     4. Orthogonal initialisation everywhere, no batch normalisation (it makes the ratio differ
-       from 1 before any learning), 64 hidden units instead of 32.
+       from 1 before any learning), two hidden layers of 64 units in actor and critic, not 32.
     5. The 40-step limit truncates: it ends the advantage's trace, not the bootstrap.
+    6. All seven get one frame and the same settings, chosen for image_scratch and oracle.
 
 Run
     python ppo_encoder.py --encoder reward_prediction
@@ -37,7 +39,7 @@ Run
     python ppo_encoder.py --encoder image_scratch --distractors 0
 
 Writes
-    to runs/ppo_encoder/<encoder>_d<distractors>_s<seed>/: args.json, curve.csv, curve.png,
+    to runs/ppo_encoder/<encoder>[_repel]_d<distractors>_s<seed>/: args.json, curve.csv, curve.png,
     rollout.gif (four episodes), checkpoint.pt (at every report) and summary.json with
     `eval_return_mean`, `eval_return_std` (over episodes), `eval_episodes`, `score` (0 random, 1
     chasing with known velocity), `steps` and `minutes`.
@@ -46,9 +48,9 @@ Result
     RESULT
 
 Try
-    1. --gamma 0.95: what becomes of the oracle, and of image_scratch? Who needs the future here?
-    2. --task repel with the encoder that was pretrained for positions: does it need retraining?
-    3. Replace `orthogonal_` by nothing in `Encoder` and run image_scratch: how far does it get?
+    1. --encoder oracle --gamma 0.95 --out runs/far, then image_scratch: who needs the future?
+    2. --task repel: does an encoder that was pretrained for positions serve another task?
+    3. Delete the line with `orthogonal_` in `Encoder`, run --encoder image_scratch --out runs/init.
 """
 
 import csv
@@ -101,7 +103,7 @@ class Args:
     value_coefficient: float = 1.0  # weight of the critic's loss
     max_grad_norm: float = 0.5  # clipping of the gradient's norm
     encoder_path: str | None = None  # an encoder.pt (default: of this seed, made if missing)
-    eval_episodes: int = 200  # fresh episodes of each evaluation, which acts without noise
+    eval_episodes: int = 200  # held-out episodes of each evaluation, without noise
     seed: int = 1  # of networks, environments and actions
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA where there is one
     torch_threads: int = 0  # 0 for PyTorch's choice; 1 when several runs share a machine
@@ -383,6 +385,7 @@ def calibrate(env, obs, encode, steps, args):
         obs, reward, *_ = env.step(rng.uniform(-1, 1, env.action_space.shape))
         rewards.append(torch.as_tensor(reward, dtype=torch.float32, device=z[0].device))
     rewards = torch.stack(rewards)  # (T, N)
+    # with V = 0 and lambda = 1 the advantage is the discounted return
     zeros, next_values = torch.zeros_like(rewards), torch.zeros_like(rewards)
     next_values[-1] = rewards.mean() / (1 - args.gamma)  # roughly the return from there on
     returns = generalized_advantages(rewards, zeros, next_values, zeros, args.gamma, 1)

@@ -4,7 +4,7 @@ What
     Watch moving sprites and learn to predict several rewards at once: whatever the rewards
     depend on must get through the encoder, whatever they do not depend on (distractors) need not.
     Image reconstruction, the rival objective, must encode everything that covers pixels.
-    The encoder is then used by ppo_encoder.py; everything else trained here is thrown away.
+    The encoder is then used by ppo_encoder.py; heads, LSTM and decoder have done their work.
 
 Paper
     Jain, Lee & Pertsch, "Reward-Induced Representation Learning"; its successor: Yamada, Pertsch,
@@ -16,14 +16,20 @@ Equations
     (3)  L = mean over pixels of (x − x̂)²                  image reconstruction
 
 Notation
-    B batch, N conditioning frames, T predicted steps, K tasks, Z latent size, H hidden size.
+    B batch, N conditioning frames, T predicted steps, K tasks, Z latent size, H hidden size,
+    M and L samples of the probe (fitted and held out), D quantities that it reads.
 
 Differs from the paper
-    1. No batch normalisation (--batch-norm turns it on): BATCHNORM.
-    2. The predicted steps start at the first conditioning frame and are ten: the nearer the
-       rewards are to the frames, the sharper the encoder's gradient.
-    3. RAdam at 4e-3 with warm-up and a cosine, small batches, orthogonal initialisation.
+    1. No batch normalisation (--batch-norm turns it on): @@BN@@
+    2. Ten predicted steps, the first of them those of the conditioning frames: the nearer a
+       reward is to a frame, the sharper the gradient that reaches the encoder.
+    3. RAdam at 4e-3, warmed up and annealed, batches of 32, orthogonal initialisation of encoder
+       and MLPs: twice the learning rate left some seeds blind to the agent, half was slower.
     4. Data is drawn afresh for every update instead of from a fixed set: nothing to overfit.
+    5. The decoder that looks on is trained at every fourth update, to save time.
+    6. The reconstruction loss is a mean over pixels, for one frame of each sequence: neighbours
+       look alike; and RAdam does not scale its first steps, so that a sum over 4,096 pixels threw
+       the weights far off and left some seeds without the agent.
 
 Run
     python rp_pretrain.py --distractors 2
@@ -41,8 +47,9 @@ Result
     RESULT
 
 Try
-    1. --tasks agent_x: which object, and which of its coordinates, survives in decoded.png?
-    2. --distractors 2 with either objective: who still sees the triangles, and at what cost?
+    1. python rp_pretrain.py --tasks agent_x: which object, and which of its coordinates,
+       survives in decoded.png?
+    2. --distractors 2 with either objective: who still sees the triangles?
     3. --tasks follow: is the distance alone enough to find both objects? How much longer does
        it take than with the four positions?
 """
@@ -83,7 +90,7 @@ class Args:
     batch_size: int = 32  # sequences per update (B)
     conditioning_frames: int = 3  # frames that the predictor sees (N); reconstruction: 1
     horizon: int = 10  # steps to predict (T), from the first conditioning frame on
-    learning_rate: float = 4e-3  # of RAdam at its peak: 5 % linear warm-up, then a cosine to zero
+    learning_rate: float = 4e-3  # of RAdam at its peak: a linear warm-up, then a cosine to zero
     z_dim: int = 64  # size of the representation (Z)
     batch_norm: bool = False  # batch normalisation after each convolution
     seed: int = 1  # of the networks and of the data

@@ -134,6 +134,7 @@ def final_returns(finals, encoder, distractors):
 
 def returns_table(finals):
     """Final returns: mean over seeds and its interval."""
+    seeds = sorted({int(r["seed"]) for r in finals})
     lines = ["| encoder | 0 distractors | 1 | 2 | score at 2 | minutes a run |"]
     lines += ["|---|---|---|---|---|---|"]
     for encoder in STYLES:
@@ -144,19 +145,19 @@ def returns_table(finals):
                 cells.append("")
                 continue
             mean, low, high = interval(returns)
-            cells.append(f"{mean:.2f} [{low:.2f}, {high:.2f}]")
+            fewer = "" if len(returns) == len(seeds) else f" ({len(returns)} seeds)"
+            cells.append(f"{mean:.2f} [{low:.2f}, {high:.2f}]{fewer}")
             score = f"{sprites_env.score(mean):.2f}" if distractors == 2 else ""
         minutes = [r["minutes"] for r in finals if r["encoder"] == encoder]
         cells += [score, f"{np.median(minutes):.1f}" if minutes else ""]
         lines.append(f"| `{encoder}` | " + " | ".join(cells) + " |")
-    seeds = sorted({int(r["seed"]) for r in finals})
-    steps = sorted({int(r["total_steps"]) for r in finals})
-    return [*lines, "", f"Seeds {', '.join(map(str, seeds))}; {steps[0]:,} environment steps."]
+    steps = int(finals[0]["steps"])
+    return [*lines, "", f"Seeds {', '.join(map(str, seeds))}; {steps:,} environment steps."]
 
 
 def pretraining_table(rows):
     """What pretraining reaches: prediction error and what a linear probe reads off z."""
-    lines = ["| objective | distractors | MSE, rewards | MSE, image | R² agent | R² target |"
+    lines = ["| objective | distractors | MSE, rewards | MSE, pixels | R² agent | R² target |"
              " R² distractors | minutes |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for objective in ("reward_prediction", "image_reconstruction"):
         for distractors in range(3):
@@ -173,22 +174,27 @@ def pretraining_table(rows):
             lines.append(
                 f"| `{objective}` | {distractors} | "
                 + (cell("mse", digits=4) if objective == "reward_prediction" else "")
-                + f" | {cell('mse_image', digits=4)} | {cell(*both('agent'))}"
+                + " | "
+                + (cell("mse_image", digits=4) if objective != "reward_prediction" else "")
+                + f" | {cell(*both('agent'))}"
                 + f" | {cell(*both('target'))} | {cell(*other) if other else ''}"
                 + f" | {cell('minutes', digits=1)} |"
             )
-    return [*lines, "", f"Mean ± standard deviation over {len(runs)} seeds; held-out data."]
+    seeds = sorted({int(r["seed"]) for r in rows})
+    return [*lines, "", f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}."]
 
 
 def spread(values, digits):
     """mean ± standard deviation as text."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f} (1 seed)"
     return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
 
 
 def main():
     """Draw everything and put the tables into the README."""
     curve_rows, finals = read("ppo_encoder.csv"), read("ppo_encoder_final.csv")
-    usual = min(row["total_steps"] for row in finals)  # longer runs have a figure of their own
+    usual = min(row["total_steps"] for row in finals)  # leave longer runs out
     curve_rows = [row for row in curve_rows if row["total_steps"] == usual]
     finals = [row for row in finals if row["total_steps"] == usual]
     learning_curves(curve_rows)

@@ -191,6 +191,8 @@ def run(jobs, parallel):
 def main(args):
     """Plan, skip what is finished, then print or run."""
     unknown = set(args.encoders) - set(ENCODERS)
+    if not set(args.distractors) <= {0, 1, 2} or args.jobs < 1:
+        raise SystemExit("error: --distractors are among 0, 1 and 2, --jobs at least 1")
     if unknown:
         raise SystemExit(
             f"error: --encoders: {', '.join(unknown)} is none of {', '.join(ENCODERS)}"
