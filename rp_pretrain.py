@@ -20,7 +20,9 @@ Notation
     M and L samples of the probe (fitted and held out), D quantities that it reads.
 
 Differs from the paper
-    1. No batch normalisation (--batch-norm turns it on): @@BN@@
+    1. No batch normalisation (--batch-norm turns it on; in PPO it then keeps its pretraining
+       statistics): with it --updates 2000 took a third longer and left an error of .0091, without
+       it .0076 (1 distractor, seed 1).
     2. Ten predicted steps, the first of them those of the conditioning frames: the nearer a
        reward is to a frame, the sharper the gradient that reaches the encoder.
     3. RAdam at 4e-3, warmed up and annealed, batches of 32, orthogonal initialisation of encoder

@@ -21,6 +21,7 @@ RESULTS = ROOT / "benchmark" / "results"
 sys.path.insert(0, str(ROOT))
 import sprites_env  # noqa: E402
 
+TEXT = ("encoder", "objective", "git_commit")  # columns that hold no number
 # Okabe and Ito's colours, which survive colour blindness, and dashes, which survive greyscale.
 STYLES = {
     "oracle": ("#000000", "-"),
@@ -37,7 +38,7 @@ def read(name):
     """Rows of a results file, numbers as numbers."""
     with open(RESULTS / name, newline="") as file:
         rows = list(csv.DictReader(file))
-    return [{k: v if k in ("encoder", "objective") else float(v or "nan") for k, v in row.items()}
+    return [{k: v if k in TEXT else float(v or "nan") for k, v in row.items()}
             for row in rows]  # fmt: skip
 
 

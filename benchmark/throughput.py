@@ -1,6 +1,7 @@
-"""How fast is it, and what does the design buy? One command, a few minutes, an idle machine.
+"""How fast is it, and what does the design buy? One command, some minutes, an idle machine.
 
     python benchmark/throughput.py
+    python benchmark/throughput.py --only environment ppo
 
 Prints tables and writes benchmark/results/throughput.json. Every figure is the median of
 `--repeats` runs. Each PPO and pretraining measurement is a process of its own.
@@ -14,6 +15,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tyro
@@ -32,8 +34,13 @@ ENCODERS = (
 )
 
 
+Part = Literal["environment", "ppo", "pretraining", "scaling", "ordinary"]
+PARTS = ("environment", "ppo", "pretraining", "scaling", "ordinary")
+
+
 @dataclass(frozen=True)
 class Args:
+    only: tuple[Part, ...] = PARTS  # what to measure; the rest of the file is kept
     repeats: int = 3  # runs per figure, of which the median is shown
     seconds: float = 0.5  # of each run of the environment's measurements
     part: str = ""  # internal: measure this one thing in this process and print it as JSON
@@ -121,7 +128,7 @@ class Clock:
 
 
 def one_ppo(encoder, threads, ordinary=False, envs=128, steps=None):
-    """Steps per second of train() and the shares of its time (without evaluations)."""
+    """Steps per second of train(), which evaluates on one episode here, and the shares of time."""
     import contextlib
     import io
     import tempfile
@@ -134,7 +141,7 @@ def one_ppo(encoder, threads, ordinary=False, envs=128, steps=None):
 
     if ordinary:
         be_ordinary(ppo_encoder, torch)
-    steps = steps or (120_000 if encoder == "oracle" else 40_000)
+    steps = steps or {"oracle": 100_000, "reward_prediction": 60_000}.get(encoder, 26_000)
     clock = Clock()
     clock.wrap(sprites_env.SpritesVectorEnv, "step", "environment")
     clock.wrap(ppo_encoder.ActorCritic, "features", "forward, encoder")
@@ -253,52 +260,64 @@ def main(args):
     import gymnasium
     import torch
 
-    result = {
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "versions": {m.__name__: m.__version__ for m in (np, torch, gymnasium)},
-        "environment": environment(args),
-    }
-    print("Environment, steps per second, one thread")
-    print(table(result["environment"]["vector"]))
-    print(f"one SpritesEnv: {result['environment']['one SpritesEnv, image, 1 distractor']:,.0f}\n")
-
-    result["ppo"], result["scaling"], result["ordinary"] = [], [], []
-    for encoder in ENCODERS:
-        row = {"encoder": encoder}
-        for threads in (1, 2):
-            measured = in_a_process(["ppo", encoder, threads], args.repeats)
-            row[f"steps/s, {threads} threads"] = measured["steps_per_second"]
-        result["ppo"].append(row | {f"share {k}": v for k, v in measured["shares"].items()})
-    print("PPO (shares of the time with 2 threads)")
-    print(table(result["ppo"]), "\n")
-
-    result["pretraining"] = [
-        {"objective": objective, "threads": threads}
-        | in_a_process(["pretraining", objective, threads], args.repeats)
-        for objective in ("reward_prediction", "image_reconstruction")
-        for threads in (1, 2)
-    ]
-    print("Pretraining")
-    print(table(result["pretraining"]), "\n")
-
-    for envs in (32, 64, 128, 256):
-        row = {"environments": envs}
-        for encoder in ("oracle", "reward_prediction", "image_scratch"):
-            measured = in_a_process(["ppo", encoder, 2, False, envs], args.repeats)
-            row[encoder] = measured["steps_per_second"]
-        result["scaling"].append(row)
-    print("PPO steps per second against the number of environments, 2 threads")
-    print(table(result["scaling"]), "\n")
-
-    for encoder in ("oracle", "image_scratch", "cnn"):
-        fast = next(r for r in result["ppo"] if r["encoder"] == encoder)["steps/s, 2 threads"]
-        slow = in_a_process(["ppo", encoder, 2, True], args.repeats)["steps_per_second"]
-        row = {"encoder": encoder, "ours": fast, "ordinary": slow, "ratio": f"{fast / slow:.1f}"}
-        result["ordinary"].append(row)
-    print("The same work, written the ordinary way, 2 threads")
-    print(table(result["ordinary"]))
-
     path = ROOT / "benchmark" / "results" / "throughput.json"
+    result = json.loads(path.read_text()) if path.exists() else {}
+    cpu = platform.processor() or platform.machine()
+    result["machine"] = {"cpu": cpu, "cores": os.cpu_count(), "platform": platform.platform()}
+    result["versions"] = {m.__name__: m.__version__ for m in (np, torch, gymnasium)}
+
+    if "environment" in args.only:
+        result["environment"] = environment(args)
+        print("Environment, steps per second, one thread")
+        print(table(result["environment"]["vector"]))
+        alone = result["environment"]["one SpritesEnv, image, 1 distractor"]
+        print(f"one SpritesEnv, image, 1 distractor: {alone:,.0f}\n")
+
+    if "ppo" in args.only:
+        result["ppo"] = []
+        for encoder in ENCODERS:
+            row = {"encoder": encoder}
+            for threads in (1, 2):
+                measured = in_a_process(["ppo", encoder, threads], args.repeats)
+                row[f"steps/s, threads {threads}"] = measured["steps_per_second"]
+            shares = {f"share {k}": v for k, v in measured["shares"].items()}
+            result["ppo"].append(row | shares)
+        print("PPO (shares of the time with 2 threads)")
+        print(table(result["ppo"]), "\n")
+
+    if "pretraining" in args.only:
+        result["pretraining"] = [
+            {"objective": objective, "threads": threads}
+            | in_a_process(["pretraining", objective, threads], args.repeats)
+            for objective in ("reward_prediction", "image_reconstruction")
+            for threads in (1, 2)
+        ]
+        print("Pretraining")
+        print(table(result["pretraining"]), "\n")
+
+    if "scaling" in args.only:
+        result["scaling"] = []
+        for envs in (32, 64, 128, 256):
+            row = {"environments": envs}
+            for encoder in ("oracle", "reward_prediction", "image_scratch"):
+                part = ["ppo", encoder, 2, False, envs]
+                row[encoder] = in_a_process(part, args.repeats)["steps_per_second"]
+            result["scaling"].append(row)
+        print("PPO steps per second against the number of environments, 2 threads")
+        print(table(result["scaling"]), "\n")
+
+    if "ordinary" in args.only:
+        result["ordinary"] = []
+        for encoder in ("oracle", "image_scratch", "cnn"):
+            row = {"encoder": encoder}
+            for name, ordinary in (("ours", False), ("ordinary", True)):
+                part = ["ppo", encoder, 2, ordinary]
+                row[name] = in_a_process(part, args.repeats)["steps_per_second"]
+            row["ratio"] = f"{row['ours'] / row['ordinary']:.1f}"
+            result["ordinary"].append(row)
+        print("The same work, written the ordinary way, 2 threads")
+        print(table(result["ordinary"]))
+
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -38,7 +38,7 @@ def test_plan(study):
 def finish(job, returns):
     """Pretend that a PPO job has run."""
     job.out.mkdir(parents=True)
-    (job.out / "args.json").write_text(json.dumps({"git_commit": "0123456789abcdef"}))
+    (job.out / "args.json").write_text(json.dumps({"git_commit": "abcdef0123456789"}))
     with open(job.out / "curve.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["step", "seconds", "steps_per_second", "eval_return"])
