@@ -130,7 +130,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.convolutions = strided_convolutions((1, 4, 8, 16, 32, 64, 128), batch_norm)
         self.to_z = nn.Linear(128, z_dim)
-        orthogonal_(self).to(memory_format=torch.channels_last)  # the same, a fifth faster
+        orthogonal_(self).to(memory_format=torch.channels_last)  # same numbers, faster
 
     def forward(self, frames):  # float (B, 1, 64, 64) in [0, 1]
         h = self.convolutions(frames)  # (B, 128, 1, 1)
@@ -171,7 +171,7 @@ def orthogonal_(module, gain=math.sqrt(2)):
 
 
 class ActorCritic(nn.Module):
-    """Two separate MLPs on the same standardised representation z; the sd is no function of it."""
+    """Two separate MLPs on the same standardised z; the policy's sd does not depend on z."""
 
     def __init__(self, encoder, z, returns, action_dim):  # z (M, Z) and returns (M,) to calibrate
         super().__init__()
@@ -246,7 +246,7 @@ def train(args):
     if args.encoder_path and not pretrained:
         raise SystemExit(f"error: --encoder-path is of no use to --encoder {args.encoder}")
     if args.encoder_path:
-        load_encoder(args.encoder_path)  # a wrong file ends the run here, with nothing written
+        load_encoder(args.encoder_path, announce=False)  # a wrong file: end before writing
     device = prepare(args)
     repel = "_repel" if args.task == "repel" else ""
     out = open_run(args, f"{args.encoder}{repel}_d{args.distractors}_s{args.seed}", device)
@@ -411,7 +411,7 @@ def find_or_pretrain(args):
     return folder / "encoder.pt"
 
 
-def load_encoder(path):
+def load_encoder(path, announce=True):
     """An encoder from a file that rp_pretrain.py wrote."""
     try:
         saved = torch.load(path, map_location="cpu")
@@ -420,8 +420,9 @@ def load_encoder(path):
     except Exception as error:  # missing, not a checkpoint, or of another architecture
         reason = " ".join(str(error).split())[:100]
         raise SystemExit(f"error: {path} is no encoder for this script: {reason}") from None
-    print(f"{path}: {saved['objective']}, {saved['distractors']} distractors, "
-          f"{saved['update']:,} updates")  # fmt: skip
+    if announce:
+        how = f"{saved['objective']}, {saved['distractors']} distractors, {saved['update']} updates"
+        print(f"encoder: {path} ({how})", flush=True)
     return encoder
 
 

@@ -121,7 +121,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.convolutions = strided_convolutions((1, 4, 8, 16, 32, 64, 128), batch_norm)
         self.to_z = nn.Linear(128, z_dim)
-        orthogonal_(self).to(memory_format=torch.channels_last)  # the same, a fifth faster
+        orthogonal_(self).to(memory_format=torch.channels_last)  # same numbers, faster
 
     def forward(self, frames):  # float (B, 1, 64, 64) in [0, 1]
         h = self.convolutions(frames)  # (B, 128, 1, 1)
