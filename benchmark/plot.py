@@ -133,11 +133,21 @@ def final_returns(finals, encoder, distractors):
             if r["encoder"] == encoder and r["distractors"] == distractors]  # fmt: skip
 
 
-def returns_table(finals):
+def seconds_to(rows, encoder, level):
+    """Median over seeds of the seconds until an evaluation at 0 distractors reaches `level`."""
+    first = {}
+    for row in rows:
+        if (row["encoder"], row["distractors"]) == (encoder, 0) and row["eval_return"] >= level:
+            first[row["seed"]] = min(row["seconds"], first.get(row["seed"], np.inf))
+    seeds = {r["seed"] for r in rows if (r["encoder"], r["distractors"]) == (encoder, 0)}
+    return f"{np.median(list(first.values())):.0f}" if seeds and len(first) == len(seeds) else "-"
+
+
+def returns_table(finals, curve_rows):
     """Final returns: mean over seeds and its interval."""
     seeds = sorted({int(r["seed"]) for r in finals})
-    lines = ["| encoder | 0 distractors | 1 | 2 | score at 2 | minutes a run |"]
-    lines += ["|---|---|---|---|---|---|"]
+    lines = ["| encoder | 0 distractors | 1 | 2 | score at 2 | minutes | seconds to 36.0 at 0 |"]
+    lines += ["|---|---|---|---|---|---|---|"]
     for encoder in STYLES:
         cells, score = [], ""
         for distractors in range(3):
@@ -151,6 +161,7 @@ def returns_table(finals):
             score = f"{sprites_env.score(mean):.2f}" if distractors == 2 else ""
         minutes = [r["minutes"] for r in finals if r["encoder"] == encoder]
         cells += [score, f"{np.median(minutes):.1f}" if minutes else ""]
+        cells.append(seconds_to(curve_rows, encoder, 36.0))
         lines.append(f"| `{encoder}` | " + " | ".join(cells) + " |")
     steps = int(finals[0]["steps"])
     return [*lines, "", f"Seeds {', '.join(map(str, seeds))}; {steps:,} environment steps."]
@@ -200,7 +211,7 @@ def main():
     finals = [row for row in finals if row["total_steps"] == usual]
     learning_curves(curve_rows)
     comparisons(curve_rows, finals)
-    tables = {"returns": returns_table(finals)}
+    tables = {"returns": returns_table(finals, curve_rows)}
     tables["pretraining"] = pretraining_table(read("rp_pretrain_final.csv"))
     readme = (ROOT / "README.md").read_text()
     for name, lines in tables.items():
