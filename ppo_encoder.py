@@ -421,7 +421,9 @@ def load_encoder(path, announce=True):
         reason = " ".join(str(error).split())[:100]
         raise SystemExit(f"error: {path} is no encoder for this script: {reason}") from None
     if announce:
-        how = f"{saved['objective']}, {saved['distractors']} distractors, {saved['update']} updates"
+        how = (
+            f"{saved['objective']}, distractors: {saved['distractors']}, updates: {saved['update']}"
+        )
         print(f"encoder: {path} ({how})", flush=True)
     return encoder
 
@@ -465,7 +467,7 @@ def plot_returns(path, rows, args):
         axis.axhline(level, color="grey", lw=0.8, ls="--", zorder=0)
         axis.annotate(name, (0, level), xycoords=("axes fraction", "data"), color="grey", size=8)
     axis.set(xlabel="environment steps", ylabel="return of a 40-step episode")
-    axis.set_title(f"PPO, {args.encoder}, {args.distractors} distractors, seed {args.seed}")
+    axis.set_title(f"PPO, {args.encoder}, distractors: {args.distractors}, seed: {args.seed}")
     axis.legend(loc="lower right")
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))
 

@@ -307,7 +307,7 @@ def train(args):
     plot_curve(out / "curve.png", log.rows, panels, "updates")
     encoder.eval()
     decoded = decoder(encoder(probe_frames[:8])).detach()
-    title = f"{args.objective}{tasks}, {args.distractors} distractors"
+    title = f"{args.objective}{tasks}, distractors: {args.distractors}"
     plot_decoded(out / "decoded.png", probe_frames[:8], decoded, title)
     save(out / "encoder.pt", encoder=encoder)
     write_whole(out / "summary.json", lambda t: t.write_text(json.dumps(summary, indent=1)))
