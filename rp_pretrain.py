@@ -46,7 +46,14 @@ Writes
     `mse_image` (per pixel), `r2_<object>_<axis>` (linear probe on z, held out), `minutes`.
 
 Result
-    RESULT
+    Reward prediction, held out, mean over seeds 1-3 of python benchmark/study.py --seeds 1 2 3:
+
+        0 distractors: error 0.0009; R² agent 0.974, target 0.982
+        1 distractors: error 0.0016; R² agent 0.987, target 0.996, distractors -0.01
+        2 distractors: error 0.0019; R² agent 0.971, target 0.995, distractors -0.01
+
+    2.3 minutes on two otherwise idle cores (AMD EPYC). Predicting the mean would leave an error of
+    .053. README.md has the standard deviations, and image reconstruction beside it.
 
 Try
     1. python rp_pretrain.py --tasks agent_x: which object, and which of its coordinates,

@@ -156,7 +156,11 @@ def returns_table(finals, curve_rows):
                 cells.append("")
                 continue
             mean, low, high = interval(returns)
-            fewer = "" if len(returns) == len(seeds) else f" ({len(returns)} seeds)"
+            fewer = (
+                ""
+                if len(returns) == len(seeds)
+                else f" ({len(returns)} seed{'s' * (len(returns) > 1)})"
+            )
             cells.append(f"{mean:.2f} [{low:.2f}, {high:.2f}]{fewer}")
             score = f"{sprites_env.score(mean):.2f}" if distractors == 2 else ""
         minutes = [r["minutes"] for r in finals if r["encoder"] == encoder]
