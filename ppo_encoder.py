@@ -45,7 +45,7 @@ Writes
     chasing with known velocity), `steps` and `minutes`.
 
 Result
-    Return of 40 steps, mean ± sd over seeds 1-3 (image_reconstruction: 0 or more), with 0, 1 and 2 distractors, of
+    Returns with 0, 1 and 2 distractors, mean ± sd over seeds 1-3 (fewer where it says so), of
     python benchmark/study.py --seeds 1 2 3 (random 28.2, chasing 37.95, with velocity 38.9):
 
         oracle                         38.84 ± 0.01    38.84 ± 0.00    38.83 ± 0.00
@@ -53,8 +53,8 @@ Result
         reward_prediction              37.63 ± 0.13    37.26 ± 0.09    37.23 ± 0.08
         image_scratch                  37.60 ± 0.06    36.12 ± 0.19    35.88 ± 0.37
         cnn                            37.65 ± 0.06    36.82 ± 0.19    36.28 ± 0.21
-        image_reconstruction_finetune  37.68 (1 seed)   36.09 (1 seed)   nan (1 seed)
-        image_reconstruction           35.28 (1 seed)   29.58 (1 seed)   28.74 (1 seed)
+        image_reconstruction_finetune  37.64 ± 0.05 (2)   36.09 (1 seed)   35.99 ± 0.15 (2)
+        image_reconstruction           33.55 ± 2.94    29.58 (1 seed)   28.76 ± 0.03 (2)
 
     On one thread beside another run: seconds for the oracle, half a minute for frozen encoders,
     two to four minutes for the others (AMD EPYC), and three for the pretraining.
