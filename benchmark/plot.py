@@ -98,7 +98,7 @@ def learning_curves(rows):
 
 def comparisons(rows, finals):
     """The four comparisons of the source document, at 2 distractors, and against distractors."""
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    figure = Figure(figsize=(13, 4.4), layout="constrained")
     axes = figure.subplots(1, 4, sharey=True)
     panels = {
         "pretrained or not": ("reward_prediction_finetune", "image_scratch"),
@@ -113,17 +113,18 @@ def comparisons(rows, finals):
     for axis, (title, encoders) in zip(axes, panels.items()):
         draw_curves(axis, rows, encoders, 2)
         axis.set_title(f"{title} (2 distractors)", fontsize=10)
-        axis.legend(fontsize=7, loc="lower right", bbox_to_anchor=(1, 0.06))
     for shift, (encoder, (colour, dashes)) in enumerate(STYLES.items()):
         levels = [final_returns(finals, encoder, d) for d in range(3)]
         if all(levels):
             mean, low, high = np.array([interval(level) for level in levels]).T
             x = np.arange(3) + 0.05 * (shift - 3)
             axes[3].errorbar(x, mean, [mean - low, high - mean], fmt=dashes, marker="o", ms=3,
-                             color=colour, lw=1.2)  # fmt: skip
+                             color=colour, lw=1.2, label=encoder)  # fmt: skip
     axes[3].set(xticks=range(3), xlabel="distractors")
     axes[3].set_title("number of distractors (final return)", fontsize=10)
     axes[0].set_ylabel("return of a 40-step episode")
+    figure.legend(*axes[3].get_legend_handles_labels(), loc="outside lower center", ncols=7,
+                  fontsize=8)  # fmt: skip
     figure.savefig(RESULTS / "comparisons.png", dpi=90)
 
 
