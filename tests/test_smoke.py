@@ -250,7 +250,14 @@ def test_copied_next_to_the_environment_it_runs(tmp_path):
 def test_interrupted_run_keeps_its_rows_and_checkpoint(tmp_path, script):
     script, *flags = script.split()
     command = [sys.executable, str(ROOT / script), *flags, "--torch-threads", "1", "--out", "run"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a background shell ignores Ctrl-C, and its children would inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     checkpoint = tmp_path / "run" / "checkpoint.pt"
     deadline = time.monotonic() + 60
     while not checkpoint.exists() and time.monotonic() < deadline:
