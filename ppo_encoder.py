@@ -53,11 +53,10 @@ Result
         reward_prediction              37.63 ± 0.13    37.26 ± 0.09    37.23 ± 0.08
         image_scratch                  37.60 ± 0.06    36.12 ± 0.19    35.88 ± 0.37
         cnn                            37.65 ± 0.06    36.82 ± 0.19    36.28 ± 0.21
-        image_reconstruction_finetune  37.64 ± 0.05 (2)   36.09 (1 seed)   35.99 ± 0.15 (2)
-        image_reconstruction           33.55 ± 2.94    29.58 (1 seed)   28.76 ± 0.03 (2)
+        image_reconstruction_finetune  37.67 ± 0.07    36.64 ± 0.78 (2)   35.99 ± 0.15 (2)
+        image_reconstruction           33.55 ± 2.94    29.53 ± 0.07 (2)   28.61 ± 0.26
 
-    On one thread beside another run: seconds for the oracle, half a minute for frozen encoders,
-    two to four minutes for the others (AMD EPYC), and three for the pretraining.
+    On one thread: seconds (oracle), half a minute (frozen), two to four minutes (the others).
 
 Try
     1. --encoder oracle --gamma 0.95 --out runs/far, then image_scratch: who needs the future?
@@ -297,10 +296,6 @@ def train(args):
     def to_tensor(array):
         return torch.as_tensor(array, dtype=torch.float32, device=device)
 
-    def save(path, step):
-        facts = {"model": model.state_dict(), "encoder": args.encoder, "step": step}
-        write_whole(path, lambda temporary: torch.save(facts, temporary))
-
     episode_return, finished = np.zeros(N), []
     reports = {math.ceil(iterations * i / 20) for i in range(1, 21)}  # every 5 %
     for iteration in range(1, iterations + 1):
@@ -368,7 +363,8 @@ def train(args):
                 kl=(ratio - 1 - ratio.log()).mean().item(),
                 clip_fraction=((ratio - 1).abs() > args.clip).float().mean().item(),
             )
-            save(out / "checkpoint.pt", step)
+            saved = {"model": model.state_dict(), "encoder": args.encoder, "step": step}
+            write_whole(out / "checkpoint.pt", lambda t, saved=saved: torch.save(saved, t))
 
     summary = {
         "eval_return_mean": eval_returns.mean(),
