@@ -44,7 +44,7 @@ Writes
     chasing with known velocity), `steps` and `minutes`.
 
 Result
-    Returns with 0, 1 and 2 distractors, mean ± sd over seeds 1-3 (fewer where it says so), of
+    Returns with 0, 1 and 2 distractors, mean ± sd over seeds 1-3, of
     python benchmark/study.py --seeds 1 2 3 (random 28.2, chasing 37.95, with velocity 38.9):
 
         oracle                         38.84 ± 0.01    38.84 ± 0.00    38.83 ± 0.00
@@ -52,7 +52,7 @@ Result
         reward_prediction              37.63 ± 0.13    37.26 ± 0.09    37.23 ± 0.08
         image_scratch                  37.60 ± 0.06    36.12 ± 0.19    35.88 ± 0.37
         cnn                            37.65 ± 0.06    36.82 ± 0.19    36.28 ± 0.21
-        image_reconstruction_finetune  37.67 ± 0.07    36.64 ± 0.78 (2)   35.71 ± 0.48
+        image_reconstruction_finetune  37.67 ± 0.07    36.31 ± 0.80    35.71 ± 0.48
         image_reconstruction           33.55 ± 2.94    29.51 ± 0.06    28.61 ± 0.26
 
     On one thread: seconds (oracle), half a minute (frozen), two to four minutes (the others).
