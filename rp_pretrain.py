@@ -26,7 +26,7 @@ Differs from the paper
     2. Ten predicted steps, the first of them those of the conditioning frames: the nearer a
        reward is to a frame, the sharper the gradient that reaches the encoder.
     3. RAdam at 4e-3, warmed up and annealed, batches of 32, orthogonal initialisation of encoder
-       and MLPs: 6e-3 left one seed of two blind to the agent (2 distractors), 3e-3 was slower.
+       and MLPs. In short single runs 6e-3 left one seed of two blind to the agent; 3e-3 was slower.
     4. Data is drawn afresh for every update instead of from a fixed set: nothing to overfit.
     5. The decoder that looks on is trained at every fourth update, to save time.
     6. The reconstruction loss is a mean over pixels, for one frame of each sequence: neighbours
