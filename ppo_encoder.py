@@ -291,6 +291,9 @@ def train(args):
     def features(obs):  # (N, ...) -> (N, Z)
         return model.features(to_input(obs))
 
+    def policy(obs):  # (N, ...) -> (N, A), without noise
+        return model.actor(features(obs))
+
     def to_tensor(array):
         return torch.as_tensor(array, dtype=torch.float32, device=device)
 
@@ -350,7 +353,7 @@ def train(args):
         # report
         if iteration in reports:
             step = (iteration + 1) * N * T
-            eval_returns = evaluate(model, make_env(args.eval_episodes), to_input)
+            eval_returns = evaluate(policy, make_env(args.eval_episodes))
             ratio = (log_prob - old_log_prob).detach().exp()  # of the last minibatch
             log.report(
                 step,
@@ -374,7 +377,7 @@ def train(args):
     }
     plot_returns(out / "curve.png", log.rows, args)
     film = []
-    evaluate(model, make_env(4, "rgb_array"), to_input, film)
+    evaluate(policy, make_env(4, "rgb_array"), film)
     save_gif(out / "rollout.gif", film)
     write_whole(out / "summary.json", lambda t: t.write_text(json.dumps(summary, indent=1)))
     return summary
@@ -435,16 +438,15 @@ def load_encoder(path, announce=True):
 
 
 @torch.no_grad()
-def evaluate(model, env, to_input, film=None):
-    """Returns (num_envs,) of one fresh episode per environment, acting without noise; a list as
-    `film` collects what `env.render()` shows before each step."""
+def evaluate(policy, env, film=None):
+    """Returns (num_envs,) of one fresh episode per environment. `policy` maps observations to
+    actions; a list as `film` collects what `env.render()` shows before each step."""
     obs, _ = env.reset(seed=10**9)
     returns, running = np.zeros(env.num_envs), np.ones(env.num_envs, bool)
     while running.any():
         if film is not None:
             film.append(env.render())
-        action = model.actor(model.features(to_input(obs)))
-        obs, reward, terminated, truncated, _ = env.step(action.cpu().numpy())
+        obs, reward, terminated, truncated, _ = env.step(policy(obs).cpu().numpy())
         returns += reward * running
         running &= ~(terminated | truncated)
     return returns

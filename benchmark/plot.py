@@ -9,6 +9,7 @@ rough, so every seed is drawn as well.
 """
 
 import csv
+import json
 import re
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ RESULTS = ROOT / "benchmark" / "results"
 sys.path.insert(0, str(ROOT))
 import sprites_env  # noqa: E402
 
-TEXT = ("encoder", "objective", "git_commit")  # columns that hold no number
+TEXT = ("encoder", "objective", "algorithm", "git_commit")  # columns that hold no number
 # Okabe and Ito's colours, which survive colour blindness, and dashes, which survive greyscale.
 STYLES = {
     "oracle": ("#000000", "-"),
@@ -201,6 +202,186 @@ def pretraining_table(rows):
     return [*lines, "", f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}."]
 
 
+def long_runs(rows):
+    """The runs that are longer than the rest: does anything decay late?"""
+    rows = [row for row in rows if row["total_steps"] >= 2_000_000]
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axis = figure.subplots()
+    draw_curves(axis, rows, STYLES, 2)
+    axis.set(ylabel="return of a 40-step episode", title="2 distractors, one seed")
+    axis.legend(fontsize=8)
+    figure.savefig(RESULTS / "long_runs.png", dpi=90)
+
+
+def decoder_probe(runs):
+    """What a decoder that looked on makes of z, per pretraining. Needs the runs' checkpoints, which
+    are too large to keep with the results: without them the picture stays as it is."""
+    import torch
+
+    import rp_pretrain
+
+    kinds = {
+        "agent's x": "rp_single_task/agent_x_d{}_s1",
+        "all four positions": "rp_pretrain/reward_prediction_d{}_s1",
+        "reconstruction": "rp_pretrain/image_reconstruction_d{}_s1",
+    }
+    paths = [runs / kind.format(d) / "checkpoint.pt" for kind in kinds.values() for d in (0, 2)]
+    if missing := [path for path in paths if not path.exists()]:
+        print(f"decoder_probe.png stays as it is: {missing[0]} is missing\n")
+        return
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    axes = figure.subplots(4, 12)
+    for half, distractors in enumerate((0, 2)):
+        frames, _ = rp_pretrain.probe_data(distractors, "cpu")
+        rows = {"true": frames[:6]}
+        for name, kind in kinds.items():
+            saved = torch.load(runs / kind.format(distractors) / "checkpoint.pt")
+            encoder, decoder = rp_pretrain.Encoder(), rp_pretrain.Decoder()
+            encoder.load_state_dict(saved["encoder"])
+            decoder.load_state_dict(saved["decoder"])
+            with torch.no_grad():
+                rows[name] = decoder(encoder(frames[:6]))
+        for line, (name, images) in zip(axes, rows.items()):
+            for axis, image in zip(line[6 * half :], images):
+                axis.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=1)
+                axis.set(xticks=[], yticks=[])
+            line[0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
+        axes[0, 6 * half].set_title(f"{distractors} distractors", loc="left", fontsize=10)
+    figure.savefig(RESULTS / "decoder_probe.png", dpi=80)
+
+
+AWAC_STYLES = {
+    "awac": ("#D55E00", "-"),
+    "sac_from_buffer": ("#0072B2", "-"),
+    "sac": ("#56B4E9", "-."),
+    "filtered_bc": ("#009E73", "--"),
+    "bc": ("#000000", "--"),
+}
+
+
+def awac_figure(rows, finals):
+    """Left: scores offline, then online, per algorithm. Right: offline score against lambda."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+    for algorithm, (colour, dashes) in AWAC_STYLES.items():
+        runs = {}
+        for row in rows:
+            if row["algorithm"] == algorithm and row["total_steps"]:
+                runs.setdefault(row["seed"], []).append(
+                    (row["step"], row["online_step"], row["eval_score"])
+                )
+        if not runs:
+            continue
+        runs = np.array([sorted(run) for run in runs.values()])  # (S, M, 3)
+        steps, online = runs[0, :, 0], runs[0, :, 1]
+        offline = (steps - online).max()  # 0 without an offline phase
+        mean, low, high = interval(runs[:, :, 2])
+        x = (steps - offline) / 1000
+        left.plot(x, runs[:, :, 2].T, color=colour, lw=0.5, alpha=0.35)
+        left.plot(x, mean, dashes, color=colour, lw=1.8, label=algorithm)
+        left.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+        if not online.any():  # no online phase: what it would stay at
+            left.plot([0, 20], [mean[-1]] * 2, ":", color=colour, lw=1)
+    left.axvspan(left.get_xlim()[0], 0, color="grey", alpha=0.12, lw=0)
+    left.axhline(100, color="grey", lw=0.7, ls=":")
+    left.set(xlabel="offline updates | online environment steps (thousands)", ylim=(-25, 115))
+    left.set(ylabel="score: 0 random, 100 the data's expert")
+    left.legend(fontsize=8, loc="lower right")
+
+    sweep = {}
+    for row in finals:
+        if row["algorithm"] == "awac" and not row["total_steps"]:
+            sweep.setdefault(row["temperature"], []).append(row["offline_score"])
+    if sweep:
+        x = sorted(sweep)
+        mean, low, high = np.array([interval(sweep[t]) for t in x]).T
+        for t in x:
+            right.plot([t] * len(sweep[t]), sweep[t], ".", color="#D55E00", alpha=0.4, ms=4)
+        right.errorbar(x, mean, [mean - low, high - mean], fmt="-o", color="#D55E00", ms=4)
+        right.set_xscale("log")
+    for algorithm in ("bc", "filtered_bc"):
+        scores = [r["offline_score"] for r in finals if r["algorithm"] == algorithm]
+        if scores:
+            right.axhline(np.mean(scores), color=AWAC_STYLES[algorithm][0], ls="--", lw=1)
+            right.annotate(algorithm, (0.01, np.mean(scores)), fontsize=8, va="bottom",
+                           xycoords=("axes fraction", "data"))  # fmt: skip
+    right.set(xlabel="temperature λ", ylabel="score after the offline phase", ylim=(-25, 115))
+    figure.savefig(RESULTS / "awac.png", dpi=90)
+
+
+def awac_table(finals):
+    """Scores of each algorithm: mean over seeds and its interval."""
+    finals = [row for row in finals if row["total_steps"]]
+    columns = ("offline_score", "worst_online_dip", "online_score")
+    lines = ["| algorithm | offline score | worst dip, first 2,000 online steps | final score |"
+             " final return | minutes |", "|---|---|---|---|---|---|"]  # fmt: skip
+    for algorithm in AWAC_STYLES:
+        runs = [row for row in finals if row["algorithm"] == algorithm]
+        if not runs:
+            continue
+        cells = []
+        for column in columns:
+            values = [row[column] for row in runs if not np.isnan(row[column])]
+            mean, low, high = interval(values) if values else (None, None, None)
+            cells.append(f"{mean:.1f} [{low:.1f}, {high:.1f}]" if values else "-")
+        mean, low, high = interval([row["eval_return_mean"] for row in runs])
+        cells.append(f"{mean:.2f} [{low:.2f}, {high:.2f}]")
+        cells.append(f"{np.median([row['minutes'] for row in runs]):.1f}")
+        lines.append(f"| `{algorithm}` | " + " | ".join(cells) + " |")
+    seeds = sorted({int(row["seed"]) for row in finals})
+    return [*lines, "", f"Mean and 95 % bootstrap interval over seeds {seeds[0]}-{seeds[-1]}."]
+
+
+def speed_tables(measured):
+    """What throughput.py measured: {name of a table in the README: its lines}."""
+
+    def lines(header, rows, digits=0):
+        text = lambda v: f"{v:,.{digits}f}" if isinstance(v, float) else str(v)  # noqa: E731
+        body = ["| " + " | ".join(map(text, row)) + " |" for row in rows]
+        return ["| " + " | ".join(header) + " |", "|---" * len(header) + "|", *body]
+
+    environment, vector = measured["environment"], measured["environment"]["vector"]
+    names = ("image, 1 distractors", "state, 1 distractors", "SyncVectorEnv, image, 1 distractor",
+             "writing the bytes alone")  # fmt: skip
+    rows = [["one `SpritesEnv`", environment["one SpritesEnv, image, 1 distractor"], "", "", ""]]
+    for row in vector:
+        cells = [float(f"{row[name]:.3g}") if name in row else "" for name in names]
+        rows.append([f"`SpritesVectorEnv`, {row['environments']}", *cells])
+    rows[0][1] = float(f"{rows[0][1]:.3g}")
+    header = ["steps per second, 1 thread, 1 distractor", "images", "states",
+              "images, gymnasium's `SyncVectorEnv`", "writing as many bytes"]  # fmt: skip
+    tables = {"speed of the environment": lines(header, rows)}
+
+    rows = []
+    ordinary = {row["encoder"]: row for row in measured["ordinary"]}
+    for row in measured["ppo"]:
+        encoder = row["encoder"]
+        share = [f"{100 * row.get(f'share {name}', 0):.0f} %" for name in
+                 ("environment", "forward, encoder", "backward", "optimiser")]  # fmt: skip
+        cells = [float(f"{row[f'steps/s, threads {n}']:.3g}") for n in (1, 2)]
+        slow = ordinary.get(encoder)
+        ratio = f"{slow['ordinary']:,.0f} ({slow['ratio']}x)" if slow else ""
+        rows.append([f"`{encoder}`", *cells, *share, ratio])
+    header = ["PPO, steps per second", "1 thread", "2 threads", "environment", "encoder forward",
+              "backward", "optimiser", "written the ordinary way (ratio)"]  # fmt: skip
+    tables["speed of PPO"] = lines(header, rows)
+
+    rows = [[row["environments"], *(float(f"{row[k]:.3g}") for k in list(row)[1:])]
+            for row in measured["scaling"]]  # fmt: skip
+    header = [
+        "environments in lockstep",
+        *(f"`{name}`" for name in list(measured["scaling"][0])[1:]),
+    ]
+    tables["speed against environments"] = lines(header, rows)
+    rates = {(row["objective"], row["threads"]): row["updates_per_second"]
+             for row in measured["pretraining"]}  # fmt: skip
+    rows = [[f"`{name}`", rates[name, 1], rates[name, 2]]
+            for name in ("reward_prediction", "image_reconstruction")]  # fmt: skip
+    header = ["pretraining, updates per second", "1 thread", "2 threads"]
+    tables["speed of pretraining"] = lines(header, rows)
+    return tables
+
+
 def spread(values, digits):
     """mean ± standard deviation as text."""
     if len(values) == 1:
@@ -211,6 +392,8 @@ def spread(values, digits):
 def main():
     """Draw everything and put the tables into the README."""
     curve_rows, finals = read("ppo_encoder.csv"), read("ppo_encoder_final.csv")
+    long_runs(curve_rows)
+    decoder_probe(ROOT / "runs" / "study")
     usual = min(row["total_steps"] for row in finals)  # leave longer runs out
     curve_rows = [row for row in curve_rows if row["total_steps"] == usual]
     finals = [row for row in finals if row["total_steps"] == usual]
@@ -218,6 +401,12 @@ def main():
     comparisons(curve_rows, finals)
     tables = {"returns": returns_table(finals, curve_rows)}
     tables["pretraining"] = pretraining_table(read("rp_pretrain_final.csv"))
+    if (RESULTS / "awac_final.csv").exists():
+        runs = read("awac_final.csv")
+        awac_figure(read("awac.csv"), runs)
+        tables["awac"] = awac_table(runs)
+    if (RESULTS / "throughput.json").exists():
+        tables |= speed_tables(json.loads((RESULTS / "throughput.json").read_text()))
     readme = (ROOT / "README.md").read_text()
     for name, lines in tables.items():
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"

@@ -1,6 +1,8 @@
-"""The study: encoders x distractors x seeds, each run a process of its own, resumable.
+"""The studies: variants x seeds, each run a process of its own, resumable.
 
-    python benchmark/study.py --jobs 2                     the whole grid: hours on two cores
+    python benchmark/study.py --jobs 2                     encoders x distractors x seeds: hours
+    python benchmark/study.py --study single_task          pretraining on one reward alone
+    python benchmark/study.py --study awac                 offline data, then online
     python benchmark/study.py --seeds 1 --distractors 0 2  a part of it
     python benchmark/study.py --dry-run --stage pretrain   its commands, one a line, for xargs -P,
     python benchmark/study.py --dry-run --stage ppo        GNU parallel or a Slurm array
@@ -34,14 +36,20 @@ ENCODERS = (
     "image_scratch",
     "cnn",
 )
-KEYS = {
+KEYS = {  # table of results: the flags that tell its runs apart
     "rp_pretrain": ("objective", "distractors", "seed"),
     "ppo_encoder": ("encoder", "distractors", "seed", "total_steps"),
+    "rp_single_task": ("tasks", "distractors", "seed"),
+    "awac": ("algorithm", "temperature", "seed", "total_steps"),
 }
+TEMPERATURE, TEMPERATURES = 0.03, (0.03, 0.1, 0.3, 1, 3, 10)  # of awac.py; the first: its default
+SCRIPTS = {"rp_single_task": "rp_pretrain"}  # of the tables that are not named after their script
+SHORT = {"distractors": "d", "seed": "s", "total_steps": "n", "temperature": "t"}
 
 
 @dataclass(frozen=True)
 class Args:
+    study: Literal["encoders", "single_task", "awac"] = "encoders"  # which of the studies
     encoders: tuple[str, ...] = ENCODERS  # which of the seven
     distractors: tuple[int, ...] = (0, 1, 2)  # numbers of distractors
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # one run each
@@ -53,30 +61,36 @@ class Args:
 
 @dataclass(frozen=True)
 class Job:
-    """One run: its script, the values of that script's KEYS, and the encoder it waits for."""
+    """One run: the table that it goes to, the values of that table's KEYS, and the encoder that
+    it waits for."""
 
-    script: str
+    table: str
     key: tuple
     needs: Path | None = None
 
     @property
     def out(self):
-        *names, steps = self.key if self.script == "ppo_encoder" else (*self.key, "")
-        name, distractors, seed = names
-        return RUNS / self.script / f"{name}_d{distractors}_s{seed}{steps and f'_{steps}'}"
+        names = [SHORT.get(k, "") + str(v) for k, v in zip(KEYS[self.table], self.key)]
+        return RUNS / self.table / "_".join(names)
 
     @property
     def command(self):
         flags = ["--torch-threads", "1", "--overwrite", "--out", self.out.as_posix()]
-        for name, value in zip(KEYS[self.script], self.key):
+        for name, value in zip(KEYS[self.table], self.key):
             flags += ["--" + name.replace("_", "-"), str(value)]
         if self.needs:
             flags += ["--encoder-path", self.needs.as_posix()]
-        return ["python", f"{self.script}.py", *flags]
+        return ["python", f"{SCRIPTS.get(self.table, self.table)}.py", *flags]
 
 
 def plan(args):
     """The jobs, seed by seed: so an early stop leaves whole seeds rather than whole encoders."""
+    plans = {"encoders": plan_encoders, "single_task": plan_single_task, "awac": plan_awac}
+    return plans[args.study](args)
+
+
+def plan_encoders(args):
+    """Seven encoders, and the pretraining that four of them need."""
     jobs = []
     for seed in args.seeds:
         for distractors in args.distractors:
@@ -92,6 +106,19 @@ def plan(args):
                     Job("ppo_encoder", (encoder, distractors, seed, args.total_steps), needs)
                 )
     return jobs
+
+
+def plan_single_task(args):
+    """Pretraining on one reward alone: what does the decoder that looks on still see?"""
+    return [Job("rp_single_task", ("agent_x", distractors, 1)) for distractors in (0, 2)]
+
+
+def plan_awac(args):
+    """Five algorithms, offline and then online; then temperatures, offline only."""
+    algorithms = ("awac", "bc", "filtered_bc", "sac", "sac_from_buffer")
+    keys = [(name, TEMPERATURE, seed, 20_000) for seed in args.seeds for name in algorithms]
+    keys += [("awac", t, seed, 0) for seed in args.seeds for t in TEMPERATURES]
+    return [Job("awac", key) for key in keys]
 
 
 def read(path):
@@ -113,22 +140,23 @@ def write(path, rows):
     os.replace(temporary, path)
 
 
-def finished(script):
+def finished(table):
     """Keys of the runs whose results have been gathered, as tuples of text."""
-    rows = read(RESULTS / f"{script}_final.csv")
-    return {tuple(row[name] for name in KEYS[script]) for row in rows}
+    rows = read(RESULTS / f"{table}_final.csv")
+    return {tuple(row[name] for name in KEYS[table]) for row in rows}
 
 
 def gather(jobs):
-    """Add the jobs that have finished since to the two tables of their script: the curves
-    (`<script>.csv`) and the last numbers (`<script>_final.csv`)."""
+    """Add the jobs that have finished since to the two files of their table: the curves
+    (`<table>.csv`) and the last numbers (`<table>_final.csv`)."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    for script, names in KEYS.items():
-        curves, finals = read(RESULTS / f"{script}.csv"), read(RESULTS / f"{script}_final.csv")
-        have = finished(script)
+    for table in {job.table for job in jobs}:
+        names = KEYS[table]
+        curves, finals = read(RESULTS / f"{table}.csv"), read(RESULTS / f"{table}_final.csv")
+        have = finished(table)
         for job in jobs:
             key = tuple(map(str, job.key))
-            if job.script != script or key in have or not (job.out / "summary.json").exists():
+            if job.table != table or key in have or not (job.out / "summary.json").exists():
                 continue
             summary = json.loads((job.out / "summary.json").read_text())
             commit = json.loads((job.out / "args.json").read_text())["git_commit"] or ""
@@ -138,7 +166,7 @@ def gather(jobs):
             for row in rows:
                 curves.append(dict(zip(names, key)) | short(row))
         order = lambda row, names=names: tuple(row[name].zfill(9) for name in names)  # noqa: E731
-        for name, rows in ((f"{script}.csv", curves), (f"{script}_final.csv", finals)):
+        for name, rows in ((f"{table}.csv", curves), (f"{table}_final.csv", finals)):
             if rows:  # sorted() is stable: the steps of a run keep their order
                 write(RESULTS / name, sorted(rows, key=order))
 
@@ -200,7 +228,7 @@ def main(args):
     os.chdir(ROOT)
     jobs = plan(args)
     gather(jobs)
-    left = [job for job in jobs if tuple(map(str, job.key)) not in finished(job.script)]
+    left = [job for job in jobs if tuple(map(str, job.key)) not in finished(job.table)]
     needed = {job.needs for job in left}
     left += [  # finished elsewhere, but the encoder is not on this machine
         j
@@ -208,8 +236,8 @@ def main(args):
         if j not in left and j.out / "encoder.pt" in needed and not (j.out / "encoder.pt").exists()
     ]
     if args.stage != "all":
-        script = {"pretrain": "rp_pretrain", "ppo": "ppo_encoder"}.get(args.stage)
-        left = [job for job in left if job.script == script]
+        table = {"pretrain": "rp_pretrain", "ppo": "ppo_encoder"}.get(args.stage)
+        left = [job for job in left if job.table == table]
     if args.dry_run:
         print("\n".join(" ".join(job.command) for job in left))
     elif args.stage != "gather" and run(left, args.jobs):

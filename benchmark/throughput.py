@@ -7,6 +7,7 @@ Prints tables and writes benchmark/results/throughput.json. Every figure is the 
 `--repeats` runs. Each PPO and pretraining measurement is a process of its own.
 """
 
+import functools
 import json
 import os
 import platform
@@ -127,7 +128,7 @@ class Clock:
         setattr(owner, name, timed)
 
 
-def one_ppo(encoder, threads, ordinary=False, envs=128, steps=None):
+def one_ppo(encoder, threads, ordinary=False, envs=128):
     """Steps per second of train(), which evaluates on one episode here, and the shares of time."""
     import contextlib
     import io
@@ -141,7 +142,8 @@ def one_ppo(encoder, threads, ordinary=False, envs=128, steps=None):
 
     if ordinary:
         be_ordinary(ppo_encoder, torch)
-    steps = steps or {"oracle": 100_000, "reward_prediction": 60_000}.get(encoder, 26_000)
+    steps = {"oracle": 100_000, "reward_prediction": 60_000}.get(encoder, 26_000)
+    steps = max(steps, 5 * envs * 40)  # the first rollout and the first report do not count
     clock = Clock()
     clock.wrap(sprites_env.SpritesVectorEnv, "step", "environment")
     clock.wrap(ppo_encoder.ActorCritic, "features", "forward, encoder")
@@ -182,8 +184,8 @@ def one_ppo(encoder, threads, ordinary=False, envs=128, steps=None):
 
 
 def be_ordinary(script, torch):
-    """The same work, written the ordinary way: contiguous convolutions, no word to malloc, and a
-    loop over single environments (gymnasium's SyncVectorEnv)."""
+    """The same work, written the ordinary way: contiguous convolutions, no word to malloc, float32
+    rollouts, and a loop over single environments (gymnasium's SyncVectorEnv)."""
     import gymnasium
 
     import sprites_env
@@ -199,6 +201,20 @@ def be_ordinary(script, torch):
             mode = gymnasium.vector.AutoresetMode.SAME_STEP
             super().__init__(makers, autoreset_mode=mode)
 
+        def reset(self, **options):
+            obs, info = super().reset(**options)
+            return as_float(obs), info
+
+        def step(self, actions):
+            obs, reward, terminated, truncated, info = super().step(actions)
+            if "final_obs" in info:
+                info["final_obs"] = as_float(np.stack(info["final_obs"]))
+            return as_float(obs), reward, terminated, truncated, info
+
+    def as_float(obs):
+        return obs.astype(np.float32) / 255 if obs.dtype == np.uint8 else obs
+
+    script.to_float = lambda frames, device: torch.as_tensor(frames)
     orthogonal = script.orthogonal_
 
     def orthogonal_(module, *args):
@@ -209,24 +225,35 @@ def be_ordinary(script, torch):
 
 
 def one_pretraining(objective, threads):
-    """Updates per second of rp_pretrain.train(), evaluations and all."""
+    """Updates per second of rp_pretrain.train() between its twenty evaluations."""
     import contextlib
     import io
     import tempfile
 
+    import torch
+
     import rp_pretrain
+
+    stamps, step = [], torch.optim.RAdam.step
+
+    def stamped(self):
+        step(self)
+        stamps.append(time.perf_counter())
+
+    torch.optim.RAdam.step = stamped
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         updates = 400
         args = rp_pretrain.Args(
             objective=objective, updates=updates, torch_threads=threads, out=folder
         )
-        rp_pretrain.linear_probe = lambda z, y, z_test, y_test: y.new_zeros(y.shape[1])
-        minutes = rp_pretrain.train(args)["minutes"]
-    return {"updates_per_second": updates / minutes / 60}
+        rp_pretrain.train(args)
+    seconds = np.sort(np.diff(stamps))[:-20]  # the longest pauses are the evaluations
+    return {"updates_per_second": 1 / seconds.mean()}
 
 
-def in_a_process(part, repeats):
+@functools.cache  # two tables may ask for the same
+def in_a_process(repeats, *part):
     """The medians of `repeats` processes that measure `part`."""
     command = [sys.executable, __file__, "--part", json.dumps(part)]
     results = []
@@ -244,7 +271,10 @@ def table(rows):
     """Rows of dicts as aligned text."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = [columns] + [
-        [f"{v:,.0f}" if isinstance(v := row.get(c, ""), float) else str(v) for c in columns]
+        [
+            f"{v:,.{2 * (v < 1)}f}" if isinstance(v := row.get(c, ""), float) else str(v)
+            for c in columns
+        ]
         for row in rows
     ]
     widths = [max(len(line[i]) for line in text) for i in range(len(columns))]
@@ -262,7 +292,15 @@ def main(args):
 
     path = ROOT / "benchmark" / "results" / "throughput.json"
     result = json.loads(path.read_text()) if path.exists() else {}
+
+    def save():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
     cpu = platform.processor() or platform.machine()
+    if (facts := Path("/proc/cpuinfo")).exists():  # Linux: the model's name
+        names = [line for line in facts.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].partition(": ")[2] if names else cpu
     result["machine"] = {"cpu": cpu, "cores": os.cpu_count(), "platform": platform.platform()}
     result["versions"] = {m.__name__: m.__version__ for m in (np, torch, gymnasium)}
 
@@ -272,54 +310,56 @@ def main(args):
         print(table(result["environment"]["vector"]))
         alone = result["environment"]["one SpritesEnv, image, 1 distractor"]
         print(f"one SpritesEnv, image, 1 distractor: {alone:,.0f}\n")
+        save()
 
     if "ppo" in args.only:
         result["ppo"] = []
         for encoder in ENCODERS:
             row = {"encoder": encoder}
             for threads in (1, 2):
-                measured = in_a_process(["ppo", encoder, threads], args.repeats)
+                measured = in_a_process(args.repeats, "ppo", encoder, threads)
                 row[f"steps/s, threads {threads}"] = measured["steps_per_second"]
             shares = {f"share {k}": v for k, v in measured["shares"].items()}
             result["ppo"].append(row | shares)
         print("PPO (shares of the time with 2 threads)")
         print(table(result["ppo"]), "\n")
+        save()
 
     if "pretraining" in args.only:
         result["pretraining"] = [
             {"objective": objective, "threads": threads}
-            | in_a_process(["pretraining", objective, threads], args.repeats)
+            | in_a_process(args.repeats, "pretraining", objective, threads)
             for objective in ("reward_prediction", "image_reconstruction")
             for threads in (1, 2)
         ]
         print("Pretraining")
         print(table(result["pretraining"]), "\n")
+        save()
 
     if "scaling" in args.only:
         result["scaling"] = []
         for envs in (32, 64, 128, 256):
             row = {"environments": envs}
             for encoder in ("oracle", "reward_prediction", "image_scratch"):
-                part = ["ppo", encoder, 2, False, envs]
-                row[encoder] = in_a_process(part, args.repeats)["steps_per_second"]
+                part = ("ppo", encoder, 2) + (False, envs) * (envs != 128)
+                row[encoder] = in_a_process(args.repeats, *part)["steps_per_second"]
             result["scaling"].append(row)
         print("PPO steps per second against the number of environments, 2 threads")
         print(table(result["scaling"]), "\n")
+        save()
 
     if "ordinary" in args.only:
         result["ordinary"] = []
         for encoder in ("oracle", "image_scratch", "cnn"):
             row = {"encoder": encoder}
             for name, ordinary in (("ours", False), ("ordinary", True)):
-                part = ["ppo", encoder, 2, ordinary]
-                row[name] = in_a_process(part, args.repeats)["steps_per_second"]
+                part = ("ppo", encoder, 2) + (True,) * ordinary
+                row[name] = in_a_process(args.repeats, *part)["steps_per_second"]
             row["ratio"] = f"{row['ours'] / row['ordinary']:.1f}"
             result["ordinary"].append(row)
         print("The same work, written the ordinary way, 2 threads")
         print(table(result["ordinary"]))
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+        save()
 
 
 if __name__ == "__main__":

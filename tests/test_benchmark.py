@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import awac
 import ppo_encoder
 import rp_pretrain
 
@@ -25,14 +26,26 @@ def study(monkeypatch, tmp_path):
 
 def test_plan(study):
     jobs = study.plan(study.Args())
-    scripts = [job.script for job in jobs]
-    assert scripts.count("ppo_encoder") == 7 * 3 * 5 and scripts.count("rp_pretrain") == 2 * 3 * 5
+    tables = [job.table for job in jobs]
+    assert tables.count("ppo_encoder") == 7 * 3 * 5 and tables.count("rp_pretrain") == 2 * 3 * 5
     assert len({job.out for job in jobs}) == len(jobs)
     for i, job in enumerate(jobs):
         assert not job.needs or job.needs.parent in [earlier.out for earlier in jobs[:i]]
-        script = {"ppo_encoder": ppo_encoder, "rp_pretrain": rp_pretrain}[job.script]
+        script = {"ppo_encoder": ppo_encoder, "rp_pretrain": rp_pretrain}[job.table]
         args = script.tyro.cli(script.Args, args=job.command[2:])  # flags that the script knows
         assert args.seed == job.key[2] and args.torch_threads == 1
+
+
+def test_plans_of_the_other_studies(study):
+    for name, module in (("single_task", rp_pretrain), ("awac", awac)):
+        jobs = study.plan(study.Args(study=name))
+        assert jobs and len({job.out for job in jobs}) == len(jobs)
+        for job in jobs:
+            assert job.command[1] == f"{module.__name__}.py"
+            module.tyro.cli(module.Args, args=job.command[2:])  # flags that the script knows
+    defaults = [j for j in jobs if j.key[0] == "awac" and j.key[3]]
+    assert {j.key[1] for j in defaults} == {awac.Args.temperature}
+    assert {j.key[3] for j in defaults} == {awac.Args.total_steps}
 
 
 def finish(job, returns):
@@ -64,7 +77,7 @@ def test_gathering_is_complete_and_happens_once(study):
 
 
 def test_figures_and_tables(study, monkeypatch, tmp_path):
-    jobs = [j for j in study.plan(study.Args(seeds=(1, 2))) if j.script == "ppo_encoder"]
+    jobs = [j for j in study.plan(study.Args(seeds=(1, 2))) if j.table == "ppo_encoder"]
     for i, job in enumerate(jobs):
         finish(job, [30.0, 35.0 + 0.01 * i])
     study.gather(jobs)
