@@ -24,10 +24,20 @@ Equations
     (3) is the forward one: it covers π*, and needs samples of β only.
 
 Notation
-    B batch, M transitions, D size of an observation, A size of an action, Z of the features.
+    N environments, T steps of an episode, B batch, M transitions of the dataset, D size of an
+    observation, A size of an action, K objects in the frame.
 
 Differs from the paper
-    1. λ = TODO
+    1. λ = 0.03 instead of 0.3 to 2: the scale of advantages decides, and here their standard
+       deviation is 0.13. Batches of 256, two hidden layers of 128, learning rate 1e-3, 10,000
+       offline updates instead of 1,024, 256, 3e-4 and 25,000: a run takes minutes, not hours.
+    2. γ = 0.9 instead of 0.99: episodes have 40 steps, and what an action is worth shows in few.
+    3. Weights are clipped at 100; the authors' softmax over the batch is --weighting softmax.
+    4. No weight decay. States are standardised with the dataset's mean and standard deviation
+       (also for --algorithm sac, which sees nothing else of the data).
+    5. Soft actor critic has the same policy class (no squashing, one σ for all states) and a fixed
+       α, so that the objectives differ and nothing else. Actions are clipped to the box before
+       environment and critic see them.
 
 Run
     python awac.py
@@ -96,11 +106,11 @@ class Args:
     save_dataset: str | None = None  # write the dataset to this .npz
     observation: Literal["state", "image"] = "state"  # what policy and critic see
     distractors: Literal[0, 1, 2] = 1  # other sprites; the second kind of behaviour follows one
-    offline_updates: int = 25_000  # gradient steps before the first online step
+    offline_updates: int = 10_000  # gradient steps before the first online step
     total_steps: int = 20_000  # online environment steps, one gradient step each
     num_envs: int = 25  # episodes collected at a time, between as many updates as steps
     batch_size: int = 256  # transitions per update (B)
-    learning_rate: float = 3e-4  # of Adam, for policy and critic
+    learning_rate: float = 1e-3  # of Adam, for policy and critic
     gamma: float = 0.9  # discount factor
     tau: float = 0.005  # how fast the target critic follows
     entropy_weight: float = 0.01  # α of soft actor critic
@@ -198,12 +208,12 @@ def critic_loss(q, target):
     return (q - target).square().mean(-1).sum()
 
 
-def awac_weights(q, value, temperature, weighting="exp"):
-    """w = exp((Q(s,a) − V(s)) / λ), at most 100; or B softmax((Q − V) / λ), whose mean is 1.
+def awac_weights(advantage, temperature, weighting="exp"):
+    """w = exp(A(s,a) / λ), at most 100; or B softmax(A / λ), whose mean is 1; eq. (3).
 
-    q, value (B,) -> (B,), without gradient: a change of the weights is no way to fit the data."""
-    assert q.shape == value.shape
-    exponent = ((q - value) / temperature).detach()
+    A = Q(s,a) − V(s). (B,) -> (B,), without gradient: the weights are not what is fitted."""
+    assert advantage.ndim == 1
+    exponent = (advantage / temperature).detach()
     if weighting == "softmax":
         return len(exponent) * exponent.softmax(0)
     return exponent.exp().clamp(max=100)
@@ -219,17 +229,6 @@ def soft_actor_loss(q, log_prob, entropy_weight):
     """E[α log π(a|s) − Q(s,a)] for a ~ π(·|s), reparametrised. Both (B,) -> scalar."""
     assert q.shape == log_prob.shape
     return (entropy_weight * log_prob - q).mean()
-
-
-def effective_sample_size(weights):
-    """(Σ w)² / (B Σ w²): the share of the batch (B,) that in effect is imitated, 1/B ... 1."""
-    return weights.sum().square() / (len(weights) * weights.square().sum())
-
-
-def normalized_score(episode_return):
-    """100 (R − random) / (expert − random); the expert chases the target's position."""
-    levels = sprites_env.REFERENCE_RETURNS["follow"]
-    return 100 * (episode_return - levels["random"]) / (levels["chase"] - levels["random"])
 
 
 # --- Data ------------------------------------------------------------------------------------
@@ -252,12 +251,11 @@ COLUMNS = (
 def collect_dataset(env, counts, seed):
     """One episode of each of the `env.num_envs` environments, of which counts[i] are controlled by
     BEHAVIOURS[i]. Returns COLUMNS; the transitions of an episode follow each other."""
-    rng, N = np.random.default_rng(seed), env.num_envs
-    behaviour, rollout = np.repeat(np.arange(len(counts)), counts), []
+    rng, rollout, ended = np.random.default_rng(seed), [], np.zeros(env.num_envs, bool)
     obs, _ = env.reset(seed=seed)
-    ended = np.zeros(N, bool)
     while not ended.any():  # in lockstep: all end together
-        actions = np.stack([behave(rng, env.states) for behave in BEHAVIOURS])[behaviour, range(N)]
+        parts = zip(BEHAVIOURS, np.split(env.states, np.cumsum(counts)[:-1]))
+        actions = np.concatenate([behave(rng, states) for behave, states in parts if len(states)])
         next_obs, reward, terminated, truncated, info = env.step(actions)
         ended = terminated | truncated
         successor = info["final_obs"] if ended.any() else next_obs
@@ -308,7 +306,8 @@ class Replay:
 def train(args):
     """One run, offline then online; returns the content of summary.json."""
     check(args, "temperature episodes num_envs batch_size learning_rate tau hidden eval_episodes")
-    N, T, cloning = args.num_envs, 40, args.algorithm in CLONING
+    cloning, soft = args.algorithm in CLONING, args.algorithm.startswith("sac")
+    N, T = args.num_envs, 40  # environments, steps of an episode
     offline = 0 if args.algorithm == "sac" else args.offline_updates
     online = 0 if cloning else args.total_steps // (N * T) * N * T  # whole rounds
     if not (0 <= args.gamma < 1 and args.tau <= 1):
@@ -334,10 +333,12 @@ def train(args):
     else:
         counts = np.diff(np.rint(args.episodes * np.cumsum((0, *args.mixture))).astype(int))
         data = collect_dataset(make_env(args.episodes), counts, args.seed * 100_000)
+    if args.save_dataset and Path(args.save_dataset).exists() and not args.overwrite:
+        raise SystemExit(f"error: {args.save_dataset} exists: use --overwrite, or another name")
     device = prepare(args)
     out = open_run(args, f"{args.algorithm}_d{args.distractors}_s{args.seed}", device)
     if args.save_dataset:
-        write_whole(Path(args.save_dataset), lambda t: np.savez_compressed(open(t, "wb"), **data))
+        save_dataset(Path(args.save_dataset), data)
 
     def to_input(obs):  # uint8 frames or float32 states, array or tensor
         return to_float(obs, device) if images else torch.as_tensor(obs, device=device)
@@ -362,10 +363,11 @@ def train(args):
     replay, rng = Replay(data, online), np.random.default_rng(args.seed)
     obs, _ = env.reset(seed=args.seed * 100_000 + 50_000)  # not the dataset's episodes
 
-    @torch.no_grad()
-    def act(obs, noise=0.0):  # (N, ...) -> (N, A), inside the box
-        mean, log_std = policy(to_input(obs))
-        return (mean + noise * log_std.exp() * torch.randn_like(mean)).clamp(-1, 1)
+    def sampled(mean, log_std):  # a ~ π(·|s), differentiable in both
+        return mean + log_std.exp() * torch.randn_like(mean)
+
+    def best_action(obs):  # (N, ...) -> (N, A)
+        return policy(to_input(obs))[0]
 
     log, finished = Log(out, offline + online), []
     reports = {math.ceil(offline * i / 10) for i in range(1, 11)} | {1}
@@ -375,7 +377,8 @@ def train(args):
         if update > offline and (update - offline - 1) % (N * T) == 0:
             episode_return = np.zeros(N)
             for _ in range(T):
-                action = act(obs, noise=1).cpu().numpy()
+                with torch.no_grad():
+                    action = sampled(*policy(to_input(obs))).clamp(-1, 1).cpu().numpy()
                 next_obs, reward, terminated, truncated, info = env.step(action)
                 ended = terminated | truncated
                 successor = next_obs.copy()  # what followed: where an episode ended, its last
@@ -393,10 +396,10 @@ def train(args):
         if not cloning:  # evaluate the policy, eq. (4)
             with torch.no_grad():
                 mean, log_std = policy(s_next)
-                noisy = mean + log_std.exp() * torch.randn_like(mean)
-                next_value = critic_target(s_next, noisy.clamp(-1, 1)).amin(0)  # (B,)
-                if args.algorithm.startswith("sac"):
-                    next_value -= args.entropy_weight * gaussian_log_prob(noisy, mean, log_std)
+                a_next = sampled(mean, log_std)
+                next_value = critic_target(s_next, a_next.clamp(-1, 1)).amin(0)  # (B,)
+                if soft:
+                    next_value -= args.entropy_weight * gaussian_log_prob(a_next, mean, log_std)
                 y = td_target(r, terminated, next_value, args.gamma)
             q = critic(s, a)  # (2, B)
             loss = critic_loss(q, y)
@@ -408,19 +411,20 @@ def train(args):
                     slow.lerp_(fast, args.tau)
             metrics |= {"critic_loss": loss.item(), "q": q.mean().item()}
 
-        mean, log_std = policy(s)  # improve the policy
-        noisy = mean + log_std.exp() * torch.randn_like(mean)
-        if args.algorithm.startswith("sac"):
-            log_prob = gaussian_log_prob(noisy, mean, log_std)
-            q = critic(s, noisy.clamp(-1, 1)).amin(0)
-            policy_loss = soft_actor_loss(q, log_prob, args.entropy_weight)
+        mean, log_std = policy(s)  # improve it
+        if soft:
+            a_new = sampled(mean, log_std)
+            log_prob = gaussian_log_prob(a_new, mean, log_std)
+            q_new = critic(s, a_new.clamp(-1, 1)).amin(0)
+            policy_loss = soft_actor_loss(q_new, log_prob, args.entropy_weight)
         else:
             weights = torch.ones_like(r)
             if not cloning:  # eq. (3)
+                a_new = mean if args.value_estimate == "mean" else sampled(mean, log_std)
                 with torch.no_grad():
-                    believed = mean if args.value_estimate == "mean" else noisy.clamp(-1, 1)
-                    value, q = critic(s, believed).amin(0), q.amin(0)
-                weights = awac_weights(q, value, args.temperature, args.weighting)
+                    value = critic(s, a_new.clamp(-1, 1)).amin(0)  # (B,)
+                advantage = q.amin(0).detach() - value
+                weights = awac_weights(advantage, args.temperature, args.weighting)
             policy_loss = weighted_cloning_loss(gaussian_log_prob(a, mean, log_std), weights)
         policy_optimizer.zero_grad()
         policy_loss.backward()
@@ -428,10 +432,10 @@ def train(args):
 
         # report
         if update in reports:
-            returns = evaluate(act, make_env(args.eval_episodes))
+            returns = evaluate(best_action, make_env(args.eval_episodes))
             if args.algorithm == "awac":
                 metrics["sample_size"] = effective_sample_size(weights).item()
-                metrics["advantage_sd"] = (q - value).std().item()
+                metrics["advantage_sd"] = advantage.std().item()
             log.report(
                 update,
                 eval_return=returns.mean(),
@@ -464,13 +468,24 @@ def train(args):
     summary |= {"updates": log.total, "minutes": round(log.minutes(), 2)}
     plot_phases(out / "curve.png", log.rows, offline, args)
     film = []
-    evaluate(act, make_env(4, "rgb_array"), film)
+    evaluate(best_action, make_env(4, "rgb_array"), film)
     save_gif(out / "rollout.gif", film)
     write_whole(out / "summary.json", lambda t: t.write_text(json.dumps(summary, indent=1)))
     return summary
 
 
-# --- Appendix: data files, encoder of images, evaluation, pictures, run folder, log ----------
+# --- Appendix: measures, data files, encoder of images, evaluation, pictures, run folder, log
+
+
+def effective_sample_size(weights):
+    """(Σ w)² / (B Σ w²): the share of the batch (B,) that in effect is imitated, 1/B ... 1."""
+    return weights.sum().square() / (len(weights) * weights.square().sum())
+
+
+def normalized_score(episode_return):
+    """100 (R − random) / (expert − random); the expert chases the target's position."""
+    levels = sprites_env.REFERENCE_RETURNS["follow"]
+    return 100 * (episode_return - levels["random"]) / (levels["chase"] - levels["random"])
 
 
 def load_dataset(path, observation_space, action_space):
@@ -502,6 +517,19 @@ def load_dataset(path, observation_space, action_space):
     if not (np.abs(data["actions"]) <= 1).all():
         refuse("actions must be in [-1, 1]: what the environment executed, not what was asked for")
     return {name: data[name] for name in COLUMNS}
+
+
+def save_dataset(path, data):
+    """The arrays COLUMNS as an .npz file, whole or not at all."""
+
+    def save(temporary):
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, **data)
+
+    try:
+        write_whole(path, save)
+    except OSError as error:
+        raise SystemExit(f"error: cannot write {path}: {error.strerror}") from None
 
 
 def strided_convolutions(channels, batch_norm=False):

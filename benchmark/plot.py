@@ -205,6 +205,8 @@ def pretraining_table(rows):
 def long_runs(rows):
     """The runs that are longer than the rest: does anything decay late?"""
     rows = [row for row in rows if row["total_steps"] >= 2_000_000]
+    if not rows:
+        return
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axis = figure.subplots()
     draw_curves(axis, rows, STYLES, 2)
