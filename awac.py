@@ -2,8 +2,8 @@
 
 What
     A dataset of episodes, few of them good, teaches a critic; the critic's advantages say which of
-    the logged actions to imitate. Imitation never asks the critic about actions that nobody tried,
-    so that training is stable offline, and the same update goes on online without a relapse.
+    the logged actions to imitate. The policy never climbs the critic where nobody has acted, and
+    the same update goes on when online episodes join the data.
     Baselines in the same loop: plain cloning, cloning of the best episodes, soft actor critic.
 
 Paper
@@ -13,19 +13,20 @@ Paper
 
 Equations
     (1)  maximise over π  E_π[A(s,a)]  subject to  KL(π ‖ π_β) ≤ ε,  ∫ π(a|s) da = 1
-    (2)  L = E_π[A] + λ (ε − E_π[log π − log π_β]) + α (1 − ∫ π)
-         ∂L/∂π = A − λ (log π − log π_β) − λ − α = 0   ⇒   π*(a|s) ∝ π_β(a|s) exp(+A(s,a)/λ)
-    (3)  θ ← argmin E_s[KL(π* ‖ π_θ)] = argmax E_β[exp(A/λ) log π_θ(a|s)]
-    (4)  φ ← argmin E_β[(Q(s,a) − y)²],   y = r + γ min Q̄(s',a'),  a' ~ π_θ(·|s')
+    (2)  L = E_π[A] + λ (ε − E_π[log π − log π_β]) + ν (1 − ∫ π)
+         ∂L/∂π = A − λ (log π − log π_β) − λ − ν = 0   ⇒   π*(a|s) ∝ π_β(a|s) exp(+A(s,a)/λ)
+    (3)  θ ← argmin E[KL(π* ‖ π_θ)] ≈ argmax E_𝒟[exp(A/λ) log π_θ(a|s)],   A = Q(s,a) − V(s)
+    (4)  φ ← argmin E_𝒟[(Q(s,a) − y)²],   y = r + γ (1 − terminated) min Q̄(s',a'),   a' ~ π_θ
+    (5)  soft actor critic: min Q̄ − α log π_θ(a'|s') in (4); θ ← argmin E[α log π_θ(a|s) − Q(s,a)]
 
     The sign in (2): the constraint's derivative is −λ (log π − log π_β), so better actions get
     more weight. With those two terms flipped, as some notes have it, the exponent turns into
-    −A/λ, which imitates the worst. λ → ∞ is cloning, λ → 0 greed. The direction KL(π* ‖ π_θ) in
-    (3) is the forward one: it covers π*, and needs samples of β only.
+    −A/λ, which imitates the worst. λ → ∞ is cloning, λ → 0 greed. (3) is the forward direction of
+    KL: it covers π*, and needs actions of the data 𝒟 only; as in the paper, ≈ drops π*'s Z(s).
 
 Notation
-    N environments, T steps of an episode, B batch, M transitions of the dataset, D size of an
-    observation, A size of an action, K objects in the frame.
+    N environments, T steps of an episode, B batch, M transitions, D size of an observation,
+    A (in shapes) size of an action, K objects in the frame.
 
 Differs from the paper
     1. λ = 0.03 instead of 0.3 to 2: the scale of advantages decides, and here their standard
@@ -33,32 +34,34 @@ Differs from the paper
        offline updates instead of 1,024, 256, 3e-4 and 25,000: a run takes minutes, not hours.
     2. γ = 0.9 instead of 0.99: episodes have 40 steps, and what an action is worth shows in few.
     3. Weights are clipped at 100; the authors' softmax over the batch is --weighting softmax.
-    4. No weight decay. States are standardised with the dataset's mean and standard deviation
-       (also for --algorithm sac, which sees nothing else of the data).
+    4. No weight decay. States are standardised with mean and standard deviation of states of the
+       dataset (also for --algorithm sac, which sees nothing else of it).
     5. Soft actor critic has the same policy class (no squashing, one σ for all states) and a fixed
        α, so that the objectives differ and nothing else. Actions are clipped to the box before
        environment and critic see them.
+    6. --observation image works, but slowly: a dozen times the minutes, 330 MB of frames.
 
 Run
     python awac.py
     python awac.py --algorithm sac_from_buffer
-    python awac.py --temperature 10
+    python awac.py --temperature 10 --out runs/cloning
 
 Writes
-    to runs/awac/<algorithm>_d<distractors>_s<seed>/: args.json, curve.csv, curve.png, rollout.gif,
-    checkpoint.pt (at every report) and summary.json with `eval_return_mean`, `eval_return_std`,
-    `eval_episodes`, `score` (0 random, 1 chasing with known velocity), and, on the scale 100
-    (return − random) / (expert of the data − random): `offline_score` (before the first online
-    step), `online_score` (at the end), `worst_online_dip` (below `offline_score`, in the first
-    2,000 online steps), `bc_score` (of the two cloning algorithms); `minutes`.
+    to runs/awac/<algorithm>[_image]_d<distractors>_s<seed>/: args.json, curve.csv, curve.png,
+    rollout.gif, checkpoint.pt (at every report) and summary.json with `updates`, `minutes`,
+    `eval_return_mean`, `eval_return_std`, `eval_episodes`, `score` (0 random, 1 chasing with known
+    velocity), and on the scale 100 (return − random) / (the data's expert − random):
+    `offline_score` (before the first online step), `online_score` (at the end), `worst_online_dip`
+    (evaluations in the first 2,000 online steps, below `offline_score`), `bc_score` (cloning only).
 
 Result
     TODO
 
 Try
-    1. --temperature 0.03, then 10: what happens to `sample_size` and to the return?
-    2. --mixture 0 0.5 0.5: no expert at all. Can weighting make a good policy of bad episodes?
-    3. Flip the sign in `awac_weights` and predict the return before you run it.
+    1. --temperature 10 --out runs/warm: what happens to `sample_size`, and to the return?
+    2. --mixture 0.2 0.8 0 --out runs/narrow: no random actions. With each of the algorithms: which
+       of them needs to have seen what does not work?
+    3. Flip the sign in `awac_weights`, predict the return, and run it.
 """
 
 import copy
@@ -107,8 +110,8 @@ class Args:
     observation: Literal["state", "image"] = "state"  # what policy and critic see
     distractors: Literal[0, 1, 2] = 1  # other sprites; the second kind of behaviour follows one
     offline_updates: int = 10_000  # gradient steps before the first online step
-    total_steps: int = 20_000  # online environment steps, one gradient step each
-    num_envs: int = 25  # episodes collected at a time, between as many updates as steps
+    total_steps: int = 20_000  # online environment steps, rounded down to rounds of 40 num_envs
+    num_envs: int = 25  # episodes of a round, after which come as many updates as it had steps
     batch_size: int = 256  # transitions per update (B)
     learning_rate: float = 1e-3  # of Adam, for policy and critic
     gamma: float = 0.9  # discount factor
@@ -128,7 +131,7 @@ class Args:
 
 class GaussianPolicy(nn.Module):
     """π(a|s) = N(tanh(MLP), σ²): the mean cannot leave the box, and the density is not squashed,
-    so that logged actions on the box's edge keep a finite likelihood. σ is the same everywhere."""
+    so that logged actions on the box's edge keep a finite likelihood. One σ for all states."""
 
     def __init__(self, features, size_in, hidden, action_dim):
         super().__init__()
@@ -137,7 +140,7 @@ class GaussianPolicy(nn.Module):
         self.log_std = nn.Parameter(torch.zeros(action_dim))
 
     def forward(self, obs):  # (B, D) -> mean (B, A), log_std (A,)
-        return self.mlp(self.features(obs)).tanh(), self.log_std.clamp(-6, 0)
+        return self.mlp(self.features(obs)).tanh(), self.log_std
 
 
 class TwinCritic(nn.Module):
@@ -169,23 +172,6 @@ def orthogonal_(module, gain=math.sqrt(2)):
     return module
 
 
-class Standardize(nn.Module):
-    """(x - mean) / sd, with constants measured once, under random actions (see `calibrate`)."""
-
-    def __init__(self, x):  # (M, D), or (M,) for a scalar
-        super().__init__()
-        sd = x.std(0)
-        floor = 0.1 * sd.mean().item() or 1.0  # what hardly varied is not blown up
-        self.register_buffer("mean", x.mean(0))
-        self.register_buffer("sd", sd.clamp(min=floor))
-
-    def forward(self, x):
-        return (x - self.mean) / self.sd
-
-    def inverse(self, y):
-        return y * self.sd + self.mean
-
-
 # --- The algorithm: pure functions of tensors ------------------------------------------------
 
 
@@ -196,8 +182,8 @@ def gaussian_log_prob(actions, mean, log_std):
 
 
 def td_target(reward, terminated, next_value, gamma):
-    """y = r + γ (1 − terminated) V(s'), eq. (4). All (B,), no gradient. A time limit is not in
-    here: an episode that was cut off goes on, as far as values are concerned."""
+    """y = r + γ (1 − terminated) V(s'), eq. (4). All (B,), called without gradient. A time limit
+    is not in here: an episode that was cut off goes on, as far as values are concerned."""
     assert reward.shape == terminated.shape == next_value.shape
     return reward + gamma * (1 - terminated) * next_value
 
@@ -220,15 +206,22 @@ def awac_weights(advantage, temperature, weighting="exp"):
 
 
 def weighted_cloning_loss(log_prob, weights):
-    """−E_β[w log π(a|s)], eq. (3): a mean over the batch. Both (B,) -> scalar."""
+    """−E_𝒟[w log π(a|s)], eq. (3): a mean over the batch. Both (B,) -> scalar."""
     assert log_prob.shape == weights.shape
     return -(weights * log_prob).mean()
 
 
 def soft_actor_loss(q, log_prob, entropy_weight):
-    """E[α log π(a|s) − Q(s,a)] for a ~ π(·|s), reparametrised. Both (B,) -> scalar."""
+    """E[α log π(a|s) − Q(s,a)], eq. (5), for a ~ π(·|s), reparametrised. Both (B,) -> scalar."""
     assert q.shape == log_prob.shape
     return (entropy_weight * log_prob - q).mean()
+
+
+def polyak_(slow, fast, tau):
+    """φ̄ ← φ̄ + τ (φ − φ̄), in place: the target network follows."""
+    with torch.no_grad():
+        for target, source in zip(slow.parameters(), fast.parameters()):
+            target.lerp_(source, tau)
 
 
 # --- Data ------------------------------------------------------------------------------------
@@ -244,17 +237,23 @@ COLUMNS = (
     "rewards",  # float32 (M,)
     "next_observations",  # like observations; where an episode ended, its last one
     "terminated",  # bool (M,): the episode ended in a final state, worth nothing from there on
-    "truncated",  # bool (M,): the episode was cut off
+    "truncated",  # bool (M,): the episode was cut off; filtered_bc needs whole ones, in order
 )
 
 
-def collect_dataset(env, counts, seed):
-    """One episode of each of the `env.num_envs` environments, of which counts[i] are controlled by
-    BEHAVIOURS[i]. Returns COLUMNS; the transitions of an episode follow each other."""
+def collect_dataset(env, mixture, seed):
+    """One episode of each environment, a share mixture[i] of them controlled by BEHAVIOURS[i].
+
+    Returns COLUMNS; the transitions of an episode follow each other."""
+    if min(mixture) < 0 or not abs(sum(mixture) - 1) < 1e-6:
+        raise SystemExit("error: --mixture must be three shares that add up to 1")
+    if mixture[1] and not env.distractors:
+        raise SystemExit("error: with --distractors 0 nobody can follow one: see --mixture")
+    bounds = np.rint(env.num_envs * np.cumsum(mixture[:-1])).astype(int)
     rng, rollout, ended = np.random.default_rng(seed), [], np.zeros(env.num_envs, bool)
     obs, _ = env.reset(seed=seed)
     while not ended.any():  # in lockstep: all end together
-        parts = zip(BEHAVIOURS, np.split(env.states, np.cumsum(counts)[:-1]))
+        parts = zip(BEHAVIOURS, np.split(env.states, bounds))
         actions = np.concatenate([behave(rng, states) for behave, states in parts if len(states)])
         next_obs, reward, terminated, truncated, info = env.step(actions)
         ended = terminated | truncated
@@ -267,15 +266,6 @@ def collect_dataset(env, counts, seed):
         name: column.astype(np.float32) if column.dtype == np.float64 else column
         for name, column in zip(COLUMNS, columns)
     }
-
-
-def best_episodes(data, share):
-    """The transitions of the `share` of the episodes with the highest returns."""
-    ended = data["terminated"] | data["truncated"]
-    episode = np.cumsum(ended) - ended  # (M,): 0, 0, ..., 1, 1, ...
-    returns = np.bincount(episode, data["rewards"])
-    keep = np.argsort(-returns, kind="stable")[: max(1, round(share * len(returns)))]
-    return {name: column[np.isin(episode, keep)] for name, column in data.items()}
 
 
 class Replay:
@@ -307,41 +297,40 @@ def train(args):
     """One run, offline then online; returns the content of summary.json."""
     check(args, "temperature episodes num_envs batch_size learning_rate tau hidden eval_episodes")
     cloning, soft = args.algorithm in CLONING, args.algorithm.startswith("sac")
-    N, T = args.num_envs, 40  # environments, steps of an episode
-    offline = 0 if args.algorithm == "sac" else args.offline_updates
-    online = 0 if cloning else args.total_steps // (N * T) * N * T  # whole rounds
-    if not (0 <= args.gamma < 1 and args.tau <= 1):
-        raise SystemExit("error: --gamma must be in [0, 1) and --tau in (0, 1]")
-    if min(args.mixture) < 0 or abs(sum(args.mixture) - 1) > 1e-6:
-        raise SystemExit("error: --mixture must be three shares that add up to 1")
-    if args.mixture[1] and not args.distractors:
-        raise SystemExit("error: with --distractors 0 nobody can follow one: see --mixture")
-    if min(args.offline_updates, args.total_steps) < 0 or offline + online < 1:
-        raise SystemExit(
-            f"error: nothing to do: --offline-updates must be positive, or --total-steps {N * T}"
-        )
     images = args.observation == "image"
 
     def make_env(num_envs, render_mode=None):
         options = {"distractors": args.distractors, "observation": args.observation}
         return sprites_env.SpritesVectorEnv(num_envs, **options, render_mode=render_mode)
 
-    env = make_env(N)
-    action_dim = env.single_action_space.shape[0]
+    env = make_env(args.num_envs)
+    N, T = env.num_envs, env.horizon
+    offline = 0 if args.algorithm == "sac" else args.offline_updates
+    online = 0 if cloning else args.total_steps // (N * T) * N * T  # whole rounds
+    if not (0 <= args.gamma < 1 and args.tau <= 1):
+        raise SystemExit("error: --gamma must be in [0, 1) and --tau in (0, 1]")
+    if args.offline_updates < 0 or 0 != args.total_steps < N * T or offline + online < 1:
+        raise SystemExit(
+            f"error: --offline-updates and --total-steps must be 0 or more, --total-steps at least"
+            f" {N * T} (a round of episodes) or 0, and not both nothing for this algorithm"
+        )
+    if args.save_dataset and Path(args.save_dataset).exists() and not args.overwrite:
+        raise SystemExit(f"error: {args.save_dataset} exists: use --overwrite, or another name")
     if args.dataset:
         data = load_dataset(args.dataset, env.single_observation_space, env.single_action_space)
     else:
-        counts = np.diff(np.rint(args.episodes * np.cumsum((0, *args.mixture))).astype(int))
-        data = collect_dataset(make_env(args.episodes), counts, args.seed * 100_000)
-    if args.save_dataset and Path(args.save_dataset).exists() and not args.overwrite:
-        raise SystemExit(f"error: {args.save_dataset} exists: use --overwrite, or another name")
-    device = prepare(args)
-    out = open_run(args, f"{args.algorithm}_d{args.distractors}_s{args.seed}", device)
+        data = collect_dataset(make_env(args.episodes), args.mixture, args.seed * 100_000)
     if args.save_dataset:
         save_dataset(Path(args.save_dataset), data)
+    device = prepare(args)
+    name = args.algorithm + "_image" * images
+    out = open_run(args, f"{name}_d{args.distractors}_s{args.seed}", device)
 
     def to_input(obs):  # uint8 frames or float32 states, array or tensor
-        return to_float(obs, device) if images else torch.as_tensor(obs, device=device)
+        return to_float(obs, device) if images else to_tensor(obs)
+
+    def to_tensor(array):
+        return torch.as_tensor(array, dtype=torch.float32, device=device)
 
     def make_features():
         """Standardised states, or the standardised output of a convolutional encoder."""
@@ -350,8 +339,9 @@ def train(args):
             z = encoder(to_input(data["observations"][:: len(data["observations"]) // 1000 + 1]))
         return nn.Sequential(encoder, Standardize(z)), z.shape[1], args.hidden, action_dim
 
-    policy, critic = GaussianPolicy(*make_features()), TwinCritic(*make_features())
-    policy, critic = policy.to(device), critic.to(device)
+    action_dim = env.single_action_space.shape[0]
+    policy = GaussianPolicy(*make_features()).to(device)
+    critic = TwinCritic(*make_features()).to(device)
     critic_target = copy.deepcopy(critic).requires_grad_(False)
     policy_optimizer = torch.optim.Adam(policy.parameters(), lr=args.learning_rate, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.learning_rate, fused=True)
@@ -366,12 +356,9 @@ def train(args):
     def sampled(mean, log_std):  # a ~ π(·|s), differentiable in both
         return mean + log_std.exp() * torch.randn_like(mean)
 
-    def best_action(obs):  # (N, ...) -> (N, A)
-        return policy(to_input(obs))[0]
-
     log, finished = Log(out, offline + online), []
-    reports = {math.ceil(offline * i / 10) for i in range(1, 11)} | {1}
-    reports |= {offline + i for i in range(0, online + 1, 500)} | {offline + online}
+    reports = {1} | {math.ceil(offline * i / 10) for i in range(1, 11)}
+    reports |= {offline + i for i in range(500, online, 500)} | {offline + online}
     for update in range(1, offline + online + 1):
         # act and store: one episode in each environment, then as many updates as steps
         if update > offline and (update - offline - 1) % (N * T) == 0:
@@ -391,7 +378,7 @@ def train(args):
         # learn
         s, a, r, s_next, terminated = replay.sample(rng, args.batch_size)
         s, s_next = to_input(s), to_input(s_next)
-        a, r, terminated = (torch.as_tensor(x, device=device).float() for x in (a, r, terminated))
+        a, r, terminated = to_tensor(a), to_tensor(r), to_tensor(terminated)
         metrics = {}
         if not cloning:  # evaluate the policy, eq. (4)
             with torch.no_grad():
@@ -406,9 +393,7 @@ def train(args):
             critic_optimizer.zero_grad()
             loss.backward()
             critic_optimizer.step()
-            with torch.no_grad():
-                for slow, fast in zip(critic_target.parameters(), critic.parameters()):
-                    slow.lerp_(fast, args.tau)
+            polyak_(critic_target, critic, args.tau)
             metrics |= {"critic_loss": loss.item(), "q": q.mean().item()}
 
         mean, log_std = policy(s)  # improve it
@@ -423,23 +408,25 @@ def train(args):
                 a_new = mean if args.value_estimate == "mean" else sampled(mean, log_std)
                 with torch.no_grad():
                     value = critic(s, a_new.clamp(-1, 1)).amin(0)  # (B,)
-                advantage = q.amin(0).detach() - value
+                    advantage = critic(s, a).amin(0) - value
                 weights = awac_weights(advantage, args.temperature, args.weighting)
             policy_loss = weighted_cloning_loss(gaussian_log_prob(a, mean, log_std), weights)
         policy_optimizer.zero_grad()
         policy_loss.backward()
         policy_optimizer.step()
+        with torch.no_grad():  # σ in [e⁻⁶, 1]; a clamp in `forward` would have no way back
+            policy.log_std.clamp_(-6, 0)
 
         # report
         if update in reports:
-            returns = evaluate(best_action, make_env(args.eval_episodes))
+            returns = evaluate(lambda obs: policy(to_input(obs))[0], make_env(args.eval_episodes))
             if args.algorithm == "awac":
                 metrics["sample_size"] = effective_sample_size(weights).item()
                 metrics["advantage_sd"] = advantage.std().item()
             log.report(
                 update,
                 eval_return=returns.mean(),
-                online_step=max(0, update - offline),
+                online_step=replay.size - len(data["rewards"]),
                 eval_score=normalized_score(returns.mean()),
                 train_return=np.mean(finished) if finished else float("nan"),
                 action_sd=log_std.exp().mean().item(),
@@ -449,26 +436,24 @@ def train(args):
             saved = {"policy": policy.state_dict(), "critic": critic.state_dict(), "update": update}
             write_whole(out / "checkpoint.pt", lambda t, saved=saved: torch.save(saved, t))
 
+    scores = {row["step"] - offline: row["eval_score"] for row in log.rows}  # by online update
+    first = [score for update, score in scores.items() if 0 < update <= 2000]
     summary = {
         "eval_return_mean": returns.mean(),
         "eval_return_std": returns.std(),
         "eval_episodes": args.eval_episodes,
         "score": sprites_env.score(returns.mean()),
+        "offline_score": scores[0] if offline else None,
+        "online_score": scores[online] if online else None,
+        "worst_online_dip": scores[0] - min(first) if offline and online else None,
+        "bc_score": scores[0] if cloning else None,
+        "updates": log.total,
+        "minutes": round(log.minutes(), 2),
     }
-    scores = {row["step"] - offline: row["eval_score"] for row in log.rows}  # by online step
-    if offline:
-        summary["offline_score"] = scores[0]
-    if online:
-        summary["online_score"] = scores[online]
-    if offline and online:
-        first = [score for step, score in scores.items() if 0 < step <= 2000]
-        summary["worst_online_dip"] = scores[0] - min(first)
-    if cloning:
-        summary["bc_score"] = scores[0]
-    summary |= {"updates": log.total, "minutes": round(log.minutes(), 2)}
+    summary = {name: value for name, value in summary.items() if value is not None}
     plot_phases(out / "curve.png", log.rows, offline, args)
     film = []
-    evaluate(best_action, make_env(4, "rgb_array"), film)
+    evaluate(lambda obs: policy(to_input(obs))[0], make_env(4, "rgb_array"), film)
     save_gif(out / "rollout.gif", film)
     write_whole(out / "summary.json", lambda t: t.write_text(json.dumps(summary, indent=1)))
     return summary
@@ -488,6 +473,15 @@ def normalized_score(episode_return):
     return 100 * (episode_return - levels["random"]) / (levels["chase"] - levels["random"])
 
 
+def best_episodes(data, share):
+    """The transitions of the `share` of the episodes with the highest returns."""
+    ended = data["terminated"] | data["truncated"]
+    episode = np.cumsum(ended) - ended  # (M,): 0, 0, ..., 1, 1, ...
+    returns = np.bincount(episode, data["rewards"])
+    keep = np.argsort(-returns, kind="stable")[: max(1, round(share * len(returns)))]
+    return {name: column[np.isin(episode, keep)] for name, column in data.items()}
+
+
 def load_dataset(path, observation_space, action_space):
     """The arrays COLUMNS of an .npz file, checked against the environment's spaces."""
 
@@ -496,27 +490,28 @@ def load_dataset(path, observation_space, action_space):
 
     try:
         with np.load(path) as file:
-            data = {name: file[name] for name in file.files}
+            data = {name: file[name] for name in COLUMNS}
+    except KeyError as error:
+        refuse(f"{error.args[0]}; needed are {', '.join(COLUMNS)}")
     except Exception as error:  # missing, not an .npz, or arrays of objects
-        refuse(" ".join(str(error).split())[:100])
-    if missing := [name for name in COLUMNS if name not in data]:
-        refuse(f"no array named {missing[0]}; needed are {', '.join(COLUMNS)}")
-    spaces = {"actions": action_space}
-    spaces |= {"observations": observation_space, "next_observations": observation_space}
-    for name in COLUMNS:
-        space = spaces.get(name)
-        shape = (len(data["rewards"]), *(space.shape if space else ()))
+        refuse(f"is no .npz of arrays: {' '.join(str(error).split())[:100]}")
+    spaces = {"observations": observation_space, "next_observations": observation_space}
+    for name, array in data.items():
+        space = {**spaces, "actions": action_space}.get(name)
+        shape = (data["rewards"].size, *(space.shape if space else ()))
         kind = space.dtype if space else np.float32 if name == "rewards" else bool
-        if data[name].shape != shape:
-            refuse(f"{name} has shape {data[name].shape}, not {shape}")
-        if not np.isfinite(data[name]).all():
+        if array.shape != shape:
+            refuse(f"{name} has shape {array.shape}, not {shape}")
+        if not np.can_cast(array.dtype, kind, "same_kind"):
+            refuse(f"{name} is of type {array.dtype}, not {np.dtype(kind)}")
+        if not np.isfinite(array).all():
             refuse(f"{name} has values that are not finite")
-        data[name] = data[name].astype(kind)
-    if len(data["rewards"]) == 0:
-        refuse("holds no transitions")
+        data[name] = array.astype(kind)
+    if data["rewards"].size < 2:
+        refuse("holds fewer than two transitions")
     if not (np.abs(data["actions"]) <= 1).all():
         refuse("actions must be in [-1, 1]: what the environment executed, not what was asked for")
-    return {name: data[name] for name in COLUMNS}
+    return data
 
 
 def save_dataset(path, data):
@@ -528,8 +523,25 @@ def save_dataset(path, data):
 
     try:
         write_whole(path, save)
-    except OSError as error:
-        raise SystemExit(f"error: cannot write {path}: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: cannot write {path}: {error}") from None
+
+
+class Standardize(nn.Module):
+    """(x - mean) / sd, with constants measured once, at the start."""
+
+    def __init__(self, x):  # (M, D), or (M,) for a scalar
+        super().__init__()
+        sd = x.std(0)
+        floor = 0.1 * sd.mean().item() or 1.0  # what hardly varied is not blown up
+        self.register_buffer("mean", x.mean(0))
+        self.register_buffer("sd", sd.clamp(min=floor))
+
+    def forward(self, x):
+        return (x - self.mean) / self.sd
+
+    def inverse(self, y):
+        return y * self.sd + self.mean
 
 
 def strided_convolutions(channels, batch_norm=False):
@@ -593,7 +605,7 @@ def plot_phases(path, rows, offline, args):
     for name, level in sprites_env.REFERENCE_RETURNS["follow"].items():
         axis.axhline(level, color="grey", lw=0.8, ls="--", zorder=0)
         axis.annotate(name, (0, level), xycoords=("axes fraction", "data"), color="grey", size=8)
-    axis.set(xlabel="updates (online: one environment step each)")
+    axis.set(xlabel="updates (online: as many environment steps)")
     axis.set(ylabel="return of a 40-step episode")
     axis.set_title(f"{args.algorithm}, distractors: {args.distractors}, seed: {args.seed}")
     axis.legend(loc="lower right")

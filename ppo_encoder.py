@@ -148,7 +148,7 @@ class Encoder(nn.Module):
 
 
 class Standardize(nn.Module):
-    """(x - mean) / sd, with constants measured once, under random actions (see `calibrate`)."""
+    """(x - mean) / sd, with constants measured once, at the start."""
 
     def __init__(self, x):  # (M, D), or (M,) for a scalar
         super().__init__()

@@ -42,7 +42,7 @@ KEYS = {  # table of results: the flags that tell its runs apart
     "rp_single_task": ("tasks", "distractors", "seed"),
     "awac": ("algorithm", "temperature", "seed", "total_steps"),
 }
-TEMPERATURE, TEMPERATURES = 0.03, (0.03, 0.1, 0.3, 1, 3, 10)  # of awac.py; the first: its default
+TEMPERATURE, TEMPERATURES = 0.03, (0.1, 0.3, 1, 3, 10)  # of awac.py: its default, and others
 SCRIPTS = {"rp_single_task": "rp_pretrain"}  # of the tables that are not named after their script
 SHORT = {"distractors": "d", "seed": "s", "total_steps": "n", "temperature": "t"}
 
@@ -84,7 +84,7 @@ class Job:
 
 
 def plan(args):
-    """The jobs, seed by seed: so an early stop leaves whole seeds rather than whole encoders."""
+    """The jobs of a study, seed by seed: an early stop leaves whole seeds."""
     plans = {"encoders": plan_encoders, "single_task": plan_single_task, "awac": plan_awac}
     return plans[args.study](args)
 

@@ -1,4 +1,4 @@
-"""awac.py: equations by hand, data, wiring, bad input, and learning."""
+"""awac.py: equations by hand, data, wiring, learning, bad input."""
 
 import csv
 import json
@@ -19,9 +19,9 @@ def run(out, **changes):
     return awac.train(awac.Args(**TINY | changes, out=str(out)))
 
 
-def dataset(counts=(2, 3, 1), distractors=1, observation="state"):
-    env = sprites_env.SpritesVectorEnv(sum(counts), distractors, observation)
-    return awac.collect_dataset(env, counts, seed=3)
+def dataset(counts=(2, 3, 1)):
+    env = sprites_env.SpritesVectorEnv(sum(counts), 1, "state")
+    return awac.collect_dataset(env, [n / sum(counts) for n in counts], seed=3)
 
 
 # --- Equations -------------------------------------------------------------------------------
@@ -183,10 +183,13 @@ def test_save_and_load(tmp_path):
     spaces = env.single_observation_space, env.single_action_space
     loaded = awac.load_dataset(path, *spaces)
     assert len(loaded["rewards"]) == 400
-    a, b = untimed_rows(tmp_path / "a"), None
     run(tmp_path / "b", dataset=str(path))
-    b = untimed_rows(tmp_path / "b")
-    assert a == b
+    assert untimed_rows(tmp_path / "a") == untimed_rows(tmp_path / "b")
+    with pytest.raises(SystemExit, match="exists"):
+        run(tmp_path / "c", save_dataset=str(path))
+    with pytest.raises(SystemExit, match="cannot write"):
+        run(tmp_path / "c", save_dataset=str(tmp_path / "nowhere" / "data.npz"))
+    assert not (tmp_path / "c").exists()
 
 
 # --- Runs ------------------------------------------------------------------------------------
@@ -229,39 +232,65 @@ def test_runs_and_is_deterministic(tmp_path, changes):
         assert (tmp_path / "a" / name).stat().st_size > 100
 
 
-def test_wiring(tmp_path, monkeypatch):
-    """The target uses the policy's actions at s'; it is bootstrapped at the time limit; the data
-    stay in the buffer; the policy's loss does not reach the critic."""
-    seen = []
+def test_critic_target(tmp_path, monkeypatch):
+    """y = r + gamma (1 - terminated) min of the *target* critic at (s', the policy's a'), and the
+    target critic follows by a share tau: all with a fake policy, a = the agent's position, and a
+    fake critic, Q_i = the sum of a + i + a trained bias."""
+    data = dataset(counts=(10, 0, 0))
+    data["terminated"][::3] = True
+    np.savez(tmp_path / "data.npz", **data)
+    batches, critics, targets, sample = [], [], [], awac.Replay.sample
 
-    def td_target(reward, terminated, next_value, gamma):
-        seen.append((terminated.sum().item(), next_value))
-        return reward + gamma * next_value
+    def watched_sample(self, rng, batch):
+        batches.append([torch.as_tensor(x) for x in sample(self, rng, batch)])
+        return [x.numpy() for x in batches[-1]]
 
-    def policy(self, obs):  # always .7
-        mean = 0 * self.mlp(self.features(obs)) + 0.7
-        return mean, self.log_std.clamp(-6, 0) * 0 - 20
+    def critic(self, obs, action):
+        bias = self.heads[0][-1].bias
+        critics.append((self, bias.item()))
+        return torch.stack([action.sum(-1) + i + bias for i in (0, 1)])
 
-    def critic(self, obs, action):  # Q(s, a) = the sum of the action's two numbers
-        zero = 0 * sum(head(torch.cat([self.features(obs), action], -1)) for head in self.heads)
-        return (zero.T + action.sum(-1)).expand(2, -1)
+    def critic_loss(q, target, loss=awac.critic_loss):
+        targets.append(target)
+        return loss(q, target)
 
-    monkeypatch.setattr(awac, "td_target", td_target)
-    monkeypatch.setattr(awac.GaussianPolicy, "forward", policy)
+    monkeypatch.setattr(awac.Replay, "sample", watched_sample)
     monkeypatch.setattr(awac.TwinCritic, "forward", critic)
-    replays = []
-    monkeypatch.setattr(awac.Replay, "add", lambda self, *c: replays.append((self, c)))
+    monkeypatch.setattr(awac, "critic_loss", critic_loss)
+
+    def policy(self, obs):
+        return obs[:, :2] + 0 * self.mlp[0].bias[0], 0 * self.log_std - 20
+
+    monkeypatch.setattr(awac.GaussianPolicy, "forward", policy)
+    run(tmp_path / "run", dataset=str(tmp_path / "data.npz"), tau=0.3, gamma=0.5)
+    online = critics[1][0]
+    trained = [bias for who, bias in critics if who is online]
+    slow = [bias for who, bias in critics if who is not online]
+    assert len(targets) == len(batches) == len(slow) == 100 and len(trained) == 300
+    for k, (_, _, r, s_next, terminated) in enumerate(batches):
+        value = s_next[:, :2].sum(-1) + slow[k]
+        assert torch.allclose(targets[k], torch.where(terminated, r, r + 0.5 * value), atol=1e-5)
+        if k + 1 < len(slow):  # after its step k the trained critic is next asked for advantages
+            expected = slow[k] + 0.3 * (trained[3 * k + 1] - slow[k])
+            assert slow[k + 1] == pytest.approx(expected, abs=1e-6)
+    assert any(t.any() for *_, t in batches) and trained[-1] != trained[0]
+
+
+def test_online_episodes_join_the_data(tmp_path, monkeypatch):
+    """What was executed is stored, with the last state of an episode as its successor, and a time
+    limit is no termination."""
+    added, add = [], awac.Replay.add
+    monkeypatch.setattr(
+        awac.Replay, "add", lambda self, *c: added.append((self.size, c)) or add(self, *c)
+    )
     run(tmp_path)
-    assert len(seen) == 100  # 20 offline updates and one per online step
-    for terminated, next_value in seen:
-        assert terminated == 0 and torch.allclose(next_value, torch.tensor(1.4))
-    assert len(replays) == 80  # online steps of the one environment
-    successors = [columns[3] for _, columns in replays]
-    observations = [columns[0] for _, columns in replays]
+    assert [size for size, _ in added] == list(range(400, 480))  # behind the dataset
     for i in range(79):
-        same = np.array_equal(successors[i], observations[i + 1])
+        same = np.array_equal(added[i][1][3], added[i + 1][1][0])
         assert same == (i != 39)  # where the first episode ended, its last state was stored
-    assert [columns[5][0] for _, columns in replays] == [i % 40 == 39 for i in range(80)]
+    assert [c[5][0] for _, c in added] == [i % 40 == 39 for i in range(80)]
+    assert not any(c[4].any() for _, c in added)
+    assert all(np.abs(c[1]).max() <= 1 for _, c in added)
 
 
 def test_policy_update_leaves_the_critic_alone(tmp_path, monkeypatch):
@@ -282,16 +311,39 @@ def test_policy_update_leaves_the_critic_alone(tmp_path, monkeypatch):
         assert all(torch.equal(p, b) for p, b in zip(critic.parameters(), before))
 
 
+def test_sigma_stays_in_its_range_and_can_leave_the_bounds(tmp_path):
+    """It starts at its upper bound, where a clamp in `forward` would keep it for good."""
+    for algorithm in ("awac", "sac_from_buffer"):
+        run(tmp_path / algorithm, algorithm=algorithm, offline_updates=300, learning_rate=1e-2)
+        saved = torch.load(tmp_path / algorithm / "checkpoint.pt", weights_only=True)
+        log_std = saved["policy"]["log_std"]
+        assert (log_std <= 0).all() and (log_std < -0.02).any()
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "updates", "least"),
+    [("awac", 2000, 85), ("filtered_bc", 1500, 85), ("sac_from_buffer", 2500, 70)],
+)
+def test_learns_from_the_default_mixture(tmp_path, algorithm, updates, least):
+    """Seconds. Plain cloning reaches about 10, and the flipped sign less."""
+    args = awac.Args(
+        algorithm=algorithm, offline_updates=updates, total_steps=1000, out=str(tmp_path)
+    )
+    assert awac.train(args)["offline_score"] > least
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"temperature": 0.0}, "--temperature must be positive"),
         ({"mixture": (0.5, 0.5, 0.5)}, "add up to 1"),
         ({"mixture": (1.5, -0.5, 0.0)}, "add up to 1"),
+        ({"mixture": (math.nan, 0.0, 0.0)}, "add up to 1"),
+        ({"total_steps": 39}, "--total-steps at least 40"),
         ({"distractors": 0}, "nobody can follow one"),
         ({"gamma": 1.0}, "--gamma"),
-        ({"algorithm": "bc", "offline_updates": 0}, "nothing to do"),
-        ({"algorithm": "sac", "total_steps": 10}, "nothing to do"),
+        ({"algorithm": "bc", "offline_updates": 0}, "not both nothing"),
+        ({"algorithm": "sac", "total_steps": 0}, "not both nothing"),
         ({"dataset": "missing.npz"}, "missing.npz"),
         ({"seed": -1}, "--seed"),
     ],
@@ -307,12 +359,15 @@ def test_bad_input_ends_with_one_line(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.pop("rewards"), "no array named rewards"),
+        (lambda d: d.pop("rewards"), "rewards is not a file in the archive; needed are"),
+        (lambda d: d.update(terminated=d["terminated"].astype(float)), "terminated is of type"),
+        (lambda d: d.update(rewards=np.float32(3)), "has shape"),
+        (lambda d: d.update(rewards=d["rewards"].astype(str)), "rewards is of type"),
         (lambda d: d.update(actions=2 * d["actions"]), "actions must be in"),
         (lambda d: d["rewards"].fill(np.nan), "not finite"),
         (lambda d: d.update(observations=d["observations"][:, :8]), "has shape (80, 8), not"),
         (lambda d: d.update(terminated=d["terminated"][:-1]), "terminated has shape"),
-        (lambda d: d.update({k: v[:0] for k, v in d.items()}), "no transitions"),
+        (lambda d: d.update({k: v[:0] for k, v in d.items()}), "fewer than two"),
     ],
 )
 def test_bad_datasets(tmp_path, change, message):
