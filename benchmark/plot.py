@@ -22,7 +22,7 @@ RESULTS = ROOT / "benchmark" / "results"
 sys.path.insert(0, str(ROOT))
 import sprites_env  # noqa: E402
 
-TEXT = ("encoder", "objective", "algorithm", "git_commit")  # columns that hold no number
+TEXT = ("encoder", "objective", "algorithm", "mixture", "git_commit")  # columns that hold no number
 # Okabe and Ito's colours, which survive colour blindness, and dashes, which survive greyscale.
 STYLES = {
     "oracle": ("#000000", "-"),
@@ -196,10 +196,14 @@ def pretraining_table(rows):
                 + (cell("mse_image", digits=4) if objective != "reward_prediction" else "")
                 + f" | {cell(*both('agent'))}"
                 + f" | {cell(*both('target'))} | {cell(*other) if other else ''}"
-                + f" | {cell('minutes', digits=1)} |"
+                + f" | {np.median([r['minutes'] for r in runs]):.1f} |"
             )
     seeds = sorted({int(r["seed"]) for r in rows})
-    return [*lines, "", f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}."]
+    return [
+        *lines,
+        "",
+        f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}; median minutes.",
+    ]
 
 
 def long_runs(rows):
@@ -314,6 +318,7 @@ def awac_figure(rows, finals):
 def awac_table(finals):
     """Scores of each algorithm: mean over seeds and its interval."""
     finals = [row for row in finals if row["total_steps"]]
+    steps = max(int(row["total_steps"]) for row in finals)
     columns = ("offline_score", "worst_online_dip", "online_score")
     lines = ["| algorithm | offline score | worst dip, first 2,000 online steps | final score |"
              " final return | minutes |", "|---|---|---|---|---|---|"]  # fmt: skip
@@ -331,7 +336,7 @@ def awac_table(finals):
         cells.append(f"{np.median([row['minutes'] for row in runs]):.1f}")
         lines.append(f"| `{algorithm}` | " + " | ".join(cells) + " |")
     seeds = ", ".join(map(str, sorted({int(row["seed"]) for row in finals})))
-    return [*lines, "", f"Mean and 95 % bootstrap interval over seeds {seeds}."]
+    return [*lines, "", f"Mean and 95 % bootstrap interval, seeds {seeds}; {steps:,} online steps."]
 
 
 def speed_tables(measured):
@@ -407,8 +412,12 @@ def main():
         runs = read("awac_final.csv")
         awac_figure(read("awac.csv"), runs)
         tables["awac"] = awac_table(runs)
+    if (RESULTS / "awac_narrow_final.csv").exists():
+        tables["awac, narrow data"] = awac_table(read("awac_narrow_final.csv"))
     if (RESULTS / "throughput.json").exists():
-        tables |= speed_tables(json.loads((RESULTS / "throughput.json").read_text()))
+        measured = json.loads((RESULTS / "throughput.json").read_text())
+        if {"environment", "ppo", "pretraining", "scaling", "ordinary"} <= measured.keys():
+            tables |= speed_tables(measured)
     readme = (ROOT / "README.md").read_text()
     for name, lines in tables.items():
         pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"

@@ -41,9 +41,10 @@ KEYS = {  # table of results: the flags that tell its runs apart
     "ppo_encoder": ("encoder", "distractors", "seed", "total_steps"),
     "rp_single_task": ("tasks", "distractors", "seed"),
     "awac": ("algorithm", "temperature", "seed", "total_steps"),
+    "awac_narrow": ("algorithm", "mixture", "seed", "total_steps"),
 }
 TEMPERATURE, TEMPERATURES = 0.03, (0.1, 0.3, 1, 3, 10)  # of awac.py: its default, and others
-SCRIPTS = {"rp_single_task": "rp_pretrain"}  # of the tables that are not named after their script
+SCRIPTS = {"rp_single_task": "rp_pretrain", "awac_narrow": "awac"}  # of tables named otherwise
 SHORT = {"distractors": "d", "seed": "s", "total_steps": "n", "temperature": "t"}
 
 
@@ -71,13 +72,13 @@ class Job:
     @property
     def out(self):
         names = [SHORT.get(k, "") + str(v) for k, v in zip(KEYS[self.table], self.key)]
-        return RUNS / self.table / "_".join(names)
+        return RUNS / self.table / "_".join(names).replace(" ", "_")
 
     @property
     def command(self):
         flags = ["--torch-threads", "1", "--overwrite", "--out", self.out.as_posix()]
         for name, value in zip(KEYS[self.table], self.key):
-            flags += ["--" + name.replace("_", "-"), str(value)]
+            flags += ["--" + name.replace("_", "-"), *str(value).split()]
         if self.needs:
             flags += ["--encoder-path", self.needs.as_posix()]
         return ["python", f"{SCRIPTS.get(self.table, self.table)}.py", *flags]
@@ -114,11 +115,16 @@ def plan_single_task(args):
 
 
 def plan_awac(args):
-    """Five algorithms, offline and then online; then temperatures, offline only."""
+    """Five algorithms, offline and then online; temperatures, offline only; narrow data."""
     algorithms = ("awac", "bc", "filtered_bc", "sac", "sac_from_buffer")
     keys = [(name, TEMPERATURE, seed, 20_000) for seed in args.seeds for name in algorithms]
     keys += [("awac", t, seed, 0) for seed in args.seeds for t in TEMPERATURES]
-    return [Job("awac", key) for key in keys]
+    jobs = [Job("awac", key) for key in keys]
+    narrow = "0.2 0.8 0"  # nobody acts at random
+    keys = [
+        (name, narrow, seed, 5_000) for seed in args.seeds for name in ("awac", "sac_from_buffer")
+    ]
+    return jobs + [Job("awac_narrow", key) for key in keys]
 
 
 def read(path):

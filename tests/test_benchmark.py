@@ -43,7 +43,7 @@ def test_plans_of_the_other_studies(study):
         for job in jobs:
             assert job.command[1] == f"{module.__name__}.py"
             module.tyro.cli(module.Args, args=job.command[2:])  # flags that the script knows
-    defaults = [j for j in jobs if j.key[0] == "awac" and j.key[3]]
+    defaults = [j for j in jobs if j.table == "awac" and j.key[3]]
     assert {j.key[1] for j in defaults} == {awac.Args.temperature}
     assert {j.key[3] for j in defaults} == {awac.Args.total_steps}
 
