@@ -44,16 +44,16 @@ Writes
     chasing with known velocity), `steps` and `minutes`.
 
 Result
-    Returns with 0, 1 and 2 distractors, mean ± sd over seeds 1-3, of
-    python benchmark/study.py --seeds 1 2 3 (random 28.2, chasing 37.95, with velocity 38.9):
+    Returns with 0, 1 and 2 distractors, mean ± sd over seeds 1-5, of
+    python benchmark/study.py (random 28.2, chasing 37.95, with velocity 38.9):
 
         oracle                         38.84 ± 0.01    38.84 ± 0.00    38.83 ± 0.00
-        reward_prediction_finetune     37.85 ± 0.06    37.52 ± 0.04    37.48 ± 0.11
-        reward_prediction              37.63 ± 0.13    37.26 ± 0.09    37.23 ± 0.08
-        image_scratch                  37.60 ± 0.06    36.12 ± 0.19    35.88 ± 0.37
-        cnn                            37.65 ± 0.06    36.82 ± 0.19    36.28 ± 0.21
-        image_reconstruction_finetune  37.67 ± 0.07    36.31 ± 0.80    35.71 ± 0.48
-        image_reconstruction           33.55 ± 2.94    29.51 ± 0.06    28.61 ± 0.26
+        reward_prediction_finetune     37.89 ± 0.06    37.57 ± 0.09    37.50 ± 0.10
+        reward_prediction              37.68 ± 0.12    37.33 ± 0.15    37.26 ± 0.09
+        image_scratch                  37.65 ± 0.09    36.31 ± 0.31    35.95 ± 0.30
+        cnn                            37.64 ± 0.09    36.88 ± 0.18    36.30 ± 0.17
+        image_reconstruction_finetune  37.68 ± 0.08    36.66 ± 0.78    36.10 ± 0.71
+        image_reconstruction           34.29 ± 2.32    29.63 ± 0.17    28.66 ± 0.21
 
     On one thread: seconds (oracle), half a minute (frozen), two to four minutes (the others).
 
