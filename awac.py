@@ -20,9 +20,9 @@ Equations
     (5)  soft actor critic: min Q̄ − α log π_θ(a'|s') in (4); θ ← argmin E[α log π_θ(a|s) − Q(s,a)]
 
     The sign in (2): the constraint's derivative is −λ (log π − log π_β), so better actions get
-    more weight. With those two terms flipped, as some notes have it, the exponent turns into
-    −A/λ, which imitates the worst. λ → ∞ is cloning, λ → 0 greed. (3) is the forward direction of
-    KL: it covers π*, and needs actions of the data 𝒟 only; as in the paper, ≈ drops π*'s Z(s).
+    more weight; with those terms flipped, as in some notes, exp(−A/λ) imitates the worst. λ → ∞ is
+    cloning, λ → 0 greed. (3) is the forward direction of KL: it covers π*, and needs actions of the
+    data 𝒟 only; as in the paper, ≈ drops π*'s Z(s).
 
 Notation
     N environments, T steps of an episode, B batch, M transitions, D size of an observation,
@@ -64,14 +64,12 @@ Result
         filtered_bc      100.0 ± 0.2    -              -
         bc               11.1 ± 5.2     -              -
 
-    AWAC took 3.4 minutes (median), cloning 0.3, on one thread of a busy AMD EPYC. With 40 % random
-    actions in the data, soft actor critic needs no protection from the unknown. README.md has the
-    temperatures, and narrower data.
+    AWAC took 3.4 minutes (median), cloning 0.3, on one thread of a busy AMD EPYC.
+    README.md has the temperatures, narrower data, and why soft actor critic does so well here.
 
 Try
     1. --temperature 10 --out runs/warm: what happens to `sample_size`, and to the return?
-    2. --mixture 0.2 0.8 0 --out runs/narrow: no random actions. With each of the algorithms: which
-       of them needs to have seen what does not work?
+    2. --mixture 0.2 0.8 0 --out runs/narrow, all algorithms: who needs to see what does not work?
     3. Flip the sign in `awac_weights`, predict the return, and run it.
 """
 
