@@ -30,7 +30,7 @@ Notation
 
 Differs from the paper
     1. λ = 0.03 instead of 0.3 to 2: the scale of advantages decides, and here their standard
-       deviation is 0.13. Batches of 256, two hidden layers of 128, learning rate 1e-3, 10,000
+       deviation is 0.12. Batches of 256, two hidden layers of 128, learning rate 1e-3, 10,000
        offline updates instead of 1,024, 256, 3e-4 and 25,000: a run takes minutes, not hours.
     2. γ = 0.9 instead of 0.99: episodes have 40 steps, and what an action is worth shows in few.
     3. Weights are clipped at 100; the authors' softmax over the batch is --weighting softmax.
@@ -39,7 +39,7 @@ Differs from the paper
     5. Soft actor critic has the same policy class (no squashing, one σ for all states) and a fixed
        α, so that the objectives differ and nothing else. Actions are clipped to the box before
        environment and critic see them.
-    6. --observation image works, but slowly: a dozen times the minutes, 330 MB of frames.
+    6. --observation image runs, at 3 updates a second (states: 150), with 330 MB of frames.
 
 Run
     python awac.py
