@@ -64,8 +64,8 @@ Result
         filtered_bc      100.0 ± 0.2    -              -
         bc               11.1 ± 5.2     -              -
 
-    AWAC took 3.4 minutes (median), cloning 0.3, on one thread of a busy AMD EPYC.
-    README.md has the temperatures, narrower data, and why soft actor critic does so well here.
+    AWAC took 3.4 minutes (median), cloning 0.3, on one thread of a busy AMD EPYC; alone 1.9.
+    README.md has the temperatures, narrower data, and what to make of soft actor critic.
 
 Try
     1. --temperature 10 --out runs/warm: what happens to `sample_size`, and to the return?
