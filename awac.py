@@ -39,7 +39,7 @@ Differs from the paper
     5. Soft actor critic has the same policy class (no squashing, one σ for all states) and a fixed
        α, so that the objectives differ and nothing else. Actions are clipped to the box before
        environment and critic see them.
-    6. --observation image runs, at 3 updates a second (states: 150), with 330 MB of frames.
+    6. --observation image runs, for hours: about 3 updates a second, 330 MB of frames.
 
 Run
     python awac.py
@@ -64,7 +64,7 @@ Result
         filtered_bc      100.0 ± 0.2    -              -
         bc               11.1 ± 5.2     -              -
 
-    AWAC took 3.4 minutes (median), cloning 0.3, on one thread of a busy AMD EPYC; alone 1.9.
+    AWAC took 3.4 minutes (median), cloning 0.3, on one thread of a busy AMD EPYC.
     README.md has the temperatures, narrower data, and what to make of soft actor critic.
 
 Try
