@@ -19,13 +19,20 @@ float32 (4 K,), the states of the objects one after the other, in raw units.
 **Action.** Box(-1, 1, (2,)), clipped: 0.05 * action becomes the agent's velocity for this step.
 
 **Dynamics.** Every object moves by its velocity; one that crosses a wall of [0.1, 0.9] is
-reflected, position and velocity both. Nothing collides with anything else.
+reflected, position and velocity both. Nothing collides with anything else, but see `push`.
 
 **Reward**, after the step, with d the distance of agent and target: follow 1 - d / sqrt(2),
-repel d / sqrt(2).
+repel d / sqrt(2); reach and push 0: there the learner sets the goals and pays itself.
 
-**Start and end.** All states are drawn uniformly, then everything moves once. An episode is
-truncated, never terminated, after `horizon` (40) steps: bootstrap its last value.
+**Goal tasks.** In `reach` and `push` only the agent moves, everything else is at rest. In `push`
+the agent pushes the square, which stays inside [0.25, 0.75], so that there is room behind it on
+every side. They touch where both coordinates of their centres differ by less than 0.15: then the
+square gives way along the axis in which they differ more, until they no longer overlap, and where
+it cannot, at its bound, the agent is held back instead (its velocity stays that of the action).
+
+**Start and end.** All states are drawn uniformly, then everything moves once (and, in `push`, what
+overlaps is parted). An episode is truncated, never terminated, after `horizon` (40) steps:
+bootstrap its last value.
 
 **Returns of reference controllers** over 40 steps (`CONTROLLERS`; means over 4,000 episodes,
 regenerate with `python sprites_env.py`):
@@ -54,8 +61,11 @@ from gymnasium.vector.utils import batch_space
 SIZE = 64  # pixels a side
 LOW, HIGH = 0.1, 0.9  # walls for the sprites' centres
 MAX_SPEED = 0.05  # frame widths per step and axis
+CONTACT = 0.15  # distance, along an axis, of an agent and a square that touch
+SQUARE_LOW, SQUARE_HIGH = LOW + CONTACT, HIGH - CONTACT  # walls for a square that is pushed
 SHAPES = ("square", "circle", "triangle_right", "triangle_down", "triangle_left", "triangle_up")
 AGENT, TARGET = 0, 1  # the first two objects
+GOAL_TASKS = ("reach", "push")
 
 
 # --- Dynamics and rewards: pure functions of states (..., K, 4) ------------------------------
@@ -70,17 +80,33 @@ def move(states):
     return np.concatenate([position, np.where(below | above, -velocity, velocity)], axis=-1)
 
 
-def act(states, actions):
+def act(states, actions, task="follow"):
     """One environment step: the action sets the agent's velocity, then everything moves.
 
     states (N, K, 4), actions (N, 2) in [-1, 1] (clipped) -> new states (N, K, 4)."""
     states = states.copy()
     states[:, AGENT, 2:] = MAX_SPEED * np.clip(actions, -1, 1)
-    return move(states)
+    states = move(states)
+    return part(states) if task == "push" else states
+
+
+def part(states):
+    """Part agent and square where they overlap: the contact rule of `push`. (N, K, 4) -> same."""
+    states, n = states.copy(), np.arange(len(states))
+    gap = states[:, TARGET, :2] - states[:, AGENT, :2]  # (N, 2)
+    axis = np.abs(gap).argmax(-1)  # of the shortest way out
+    push = np.where(gap[n, axis] < 0, -CONTACT, CONTACT)
+    square = np.clip(states[n, AGENT, axis] + push, SQUARE_LOW, SQUARE_HIGH)
+    touch = np.abs(gap).max(-1) < CONTACT
+    states[n, TARGET, axis] = np.where(touch, square, states[n, TARGET, axis])
+    states[n, AGENT, axis] = np.where(touch, square - push, states[n, AGENT, axis])
+    return states
 
 
 def reward(states, task="follow"):
-    """follow: 1 - d / sqrt(2); repel: d / sqrt(2). states (..., K, 4) -> (...)."""
+    """follow: 1 - d / sqrt(2); repel: d / sqrt(2); goal tasks: 0. states (..., K, 4) -> (...)."""
+    if task in GOAL_TASKS:
+        return np.zeros(states.shape[:-2])
     difference = states[..., TARGET, :2] - states[..., AGENT, :2]
     distance = np.sqrt((difference * difference).sum(-1)) / np.sqrt(2)
     return 1 - distance if task == "follow" else distance
@@ -123,16 +149,23 @@ def score(episode_return, task="follow"):
     return (episode_return - random) / (best - random)
 
 
-def sample_states(rng, batch, distractors):
+def sample_states(rng, batch, distractors, task="follow"):
     """Start states (batch, K, 4) and shapes (batch, K), uniform; everything has moved once."""
-    return _start(rng.random((batch, 2 + distractors, 5)))
+    return _start(rng.random((batch, 2 + distractors, 5)), task)
 
 
-def _start(uniform):  # (N, K, 5) in [0, 1): four numbers for the state, one for the shape
+def _start(uniform, task):  # (N, K, 5) in [0, 1): four numbers for the state, one for the shape
     low, span = np.array([LOW, LOW, -MAX_SPEED, -MAX_SPEED]), np.array([0.8, 0.8, 0.1, 0.1])
     shapes = 2 + (4 * uniform[..., 4]).astype(np.intp)
     shapes[:, AGENT], shapes[:, TARGET] = SHAPES.index("circle"), SHAPES.index("square")
-    return move(low + span * uniform[..., :4]), shapes
+    states = low + span * uniform[..., :4]
+    if task in GOAL_TASKS:
+        states[:, 1:, 2:] = 0
+    if task == "push":
+        room = SQUARE_HIGH - SQUARE_LOW
+        states[:, TARGET, :2] = SQUARE_LOW + room * uniform[:, TARGET, :2]
+        return part(move(states)), shapes
+    return move(states), shapes
 
 
 def sample_trajectories(rng, batch, length, distractors, num_frames=None):
@@ -226,8 +259,8 @@ def _spaces(distractors, observation, task, horizon, render_mode):
         raise ValueError(f"distractors must be an integer of 0 or more, not {distractors!r}")
     if observation not in ("image", "state"):
         raise ValueError(f"observation must be 'image' or 'state', not {observation!r}")
-    if task not in ("follow", "repel"):
-        raise ValueError(f"task must be 'follow' or 'repel', not {task!r}")
+    if task not in ("follow", "repel", *GOAL_TASKS):
+        raise ValueError(f"task must be 'follow', 'repel', 'reach' or 'push', not {task!r}")
     if not (isinstance(horizon, int) and horizon >= 1):
         raise ValueError(f"horizon must be a positive integer, not {horizon!r}")
     if render_mode not in (None, "rgb_array"):
@@ -248,7 +281,7 @@ def _observe(states, shapes, observation):  # (N, K, 4) -> (N, 1, 64, 64) or (N,
     return states.reshape(len(states), -1).astype(np.float32)
 
 
-def _given_start(options, sampled, shapes):
+def _given_start(options, sampled, shapes, task):
     """The start that `reset(options=...)` asks for, checked against one sampled at random."""
     if set(options) - {"state", "shapes"}:
         raise ValueError(f"reset: options are 'state' and 'shapes', not {sorted(options)}")
@@ -266,6 +299,16 @@ def _given_start(options, sampled, shapes):
         raise ValueError(
             f"reset: positions must be in [{LOW}, {HIGH}], velocities within {MAX_SPEED}"
         )
+    if task in GOAL_TASKS and velocity[..., 1:, :].any():
+        raise ValueError(f"reset: in {task!r} only the agent moves, other velocities are 0")
+    if task == "push":
+        square = states[..., TARGET, :2]
+        gap = np.abs(square - states[..., AGENT, :2]).max(-1)
+        if (np.abs(square - 0.5) > SQUARE_HIGH - 0.5 + 1e-6).any() or (gap < CONTACT - 1e-6).any():
+            raise ValueError(
+                f"reset: in 'push' the square is in [{SQUARE_LOW}, {SQUARE_HIGH}] and, along an "
+                f"axis, at least {CONTACT} from the agent"
+            )
     if not ((0 <= shapes) & (shapes < len(SHAPES))).all():
         raise ValueError(f"reset: shapes must be indices into {SHAPES}")
     return states, shapes
@@ -295,9 +338,9 @@ class SpritesEnv(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.states, self.shapes = sample_states(self.np_random, 1, self.distractors)
+        self.states, self.shapes = sample_states(self.np_random, 1, self.distractors, self.task)
         if options:
-            states, shapes = _given_start(options, self.states[0], self.shapes[0])
+            states, shapes = _given_start(options, self.states[0], self.shapes[0], self.task)
             self.states, self.shapes = states[None], shapes[None]
         self.elapsed = 0
         return _observe(self.states, self.shapes, self.observation)[0], {}
@@ -305,7 +348,7 @@ class SpritesEnv(gym.Env):
     def step(self, action):
         if self.states is None:
             raise RuntimeError("call reset before step")
-        self.states = act(self.states, _checked(action, (2,))[None])
+        self.states = act(self.states, _checked(action, (2,))[None], self.task)
         self.elapsed += 1
         obs = _observe(self.states, self.shapes, self.observation)[0]
         return (
@@ -361,20 +404,20 @@ class SpritesVectorEnv(gym.vector.VectorEnv):
             self.generators = [gym.utils.seeding.np_random(s)[0] for s in seed]
         self._restart()
         if options:
-            self.states, self.shapes = _given_start(options, self.states, self.shapes)
+            self.states, self.shapes = _given_start(options, self.states, self.shapes, self.task)
         return _observe(self.states, self.shapes, self.observation), {}
 
     def _restart(self):
         uniform = np.empty((self.num_envs, 2 + self.distractors, 5))
         for generator, row in zip(self.generators, uniform):
             generator.random(out=row)
-        self.states, self.shapes = _start(uniform)
+        self.states, self.shapes = _start(uniform, self.task)
         self.elapsed = 0
 
     def step(self, actions):
         if self.states is None:
             raise RuntimeError("call reset before step")
-        self.states = act(self.states, _checked(actions, (self.num_envs, 2)))
+        self.states = act(self.states, _checked(actions, (self.num_envs, 2)), self.task)
         self.elapsed += 1
         rewards, info = reward(self.states, self.task), {}
         terminated = np.zeros(self.num_envs, bool)

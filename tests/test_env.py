@@ -23,7 +23,7 @@ def test_gymnasium_checker_is_silent(observation, distractors):
 
 
 @pytest.mark.parametrize("observation", ["image", "state"])
-@pytest.mark.parametrize("task", ["follow", "repel"])
+@pytest.mark.parametrize("task", ["follow", "repel", "reach", "push"])
 def test_vector_equals_single_environments(observation, task):
     options = {"distractors": 2, "observation": observation, "task": task, "horizon": 5}
     vector = gymnasium.make_vec("Sprites-v0", num_envs=3, **options)
@@ -222,3 +222,81 @@ def test_render():
         at = 4 * int(63 * position) + 2
         assert (image[at, at] == colour).all()
     assert SpritesEnv().render() is None
+
+
+# --- Goal tasks ------------------------------------------------------------------------------
+
+
+def push_from(agent, square, action, steps=1):
+    """Positions of agent and square after some steps of `push`."""
+    env = SpritesEnv(observation="state", task="push")
+    env.reset(options={"state": [[*agent, 0, 0], [*square, 0, 0]]})
+    for _ in range(steps):
+        obs, reward, *_ = env.step(action)
+        assert reward == 0
+    return obs[[0, 1, 4, 5]].tolist()
+
+
+def test_push_by_hand():
+    """Squares start .16 away, a step is .05, contact is at .15: the square gives way by .04."""
+    apart, moved = ([0.5, 0.34], [0.5, 0.5]), [0.5, 0.39, 0.5, 0.54]
+    assert push_from(*apart, [0, 1]) == pytest.approx(moved)
+    assert push_from(*apart, [0, -1]) == pytest.approx([0.5, 0.29, 0.5, 0.5])  # away
+    # from the other side, and along the other axis; the smaller difference stays as it is
+    assert push_from([0.66, 0.55], [0.5, 0.5], [-1, 0]) == pytest.approx([0.61, 0.55, 0.46, 0.5])
+    # past a corner: the square gives way along the axis on which they overlap less
+    assert push_from([0.36, 0.34], [0.5, 0.5], [0, 0.5]) == pytest.approx([0.36, 0.365, 0.51, 0.5])
+    # side by side, .15 apart, they slide along each other
+    assert push_from([0.35, 0.4], [0.5, 0.5], [0, 1]) == pytest.approx([0.35, 0.45, 0.5, 0.5])
+
+
+def test_push_ends_at_the_bound_of_the_square():
+    """The square stops at .75, and holds the agent at .60."""
+    assert push_from([0.5, 0.5], [0.5, 0.65], [0, 1], 9) == pytest.approx([0.5, 0.6, 0.5, 0.75])
+
+
+def test_push_never_overlaps_and_only_touch_moves_the_square():
+    env = SpritesVectorEnv(200, distractors=1, observation="state", task="push")
+    env.reset(seed=3)
+    rng, moved = np.random.default_rng(4), np.zeros(200, bool)
+    for _ in range(39):
+        before = env.states
+        action = rng.uniform(-1, 1, (200, 2))
+        env.step(action)
+        gap = np.abs(env.states[:, 1, :2] - env.states[:, 0, :2]).max(-1)
+        assert (gap > 0.15 - 1e-9).all()
+        assert (np.abs(env.states[:, 1, :2] - 0.5) <= 0.25 + 1e-9).all()
+        assert (np.abs(env.states[:, 0, :2] - 0.5) <= 0.4 + 1e-9).all()
+        assert (env.states[:, 1:, 2:] == 0).all() and (env.states[:, 2] == before[:, 2]).all()
+        shifted = (env.states[:, 1, :2] != before[:, 1, :2]).any(-1)
+        alone = np.abs(sprites_env.act(before, action)[:, 0, :2] - before[:, 1, :2]).max(
+            -1
+        )  # where the agent would have gone
+        assert (alone[shifted] < 0.15).all()
+        moved |= shifted
+    assert 0.05 < moved.mean() < 0.6
+
+
+def test_reach_leaves_everything_but_the_agent_at_rest():
+    env = SpritesVectorEnv(50, distractors=2, observation="state", task="reach")
+    env.reset(seed=0)
+    start = env.states
+    for _ in range(10):
+        _, rewards, *_ = env.step(np.ones((50, 2)))
+        assert (rewards == 0).all()
+    assert (env.states[:, 1:] == start[:, 1:]).all()
+    assert (env.states[:, 0, :2] != start[:, 0, :2]).any()
+    assert np.ptp(start[:, 1, 0]) > 0.7  # anywhere
+
+
+@pytest.mark.parametrize(
+    ("task", "state", "message"),
+    [
+        ("reach", [[0.5, 0.5, 0, 0], [0.5, 0.7, 0, 0.01]], "only the agent moves"),
+        ("push", [[0.5, 0.5, 0, 0], [0.5, 0.8, 0, 0]], "the square is in"),
+        ("push", [[0.5, 0.5, 0, 0], [0.6, 0.6, 0, 0]], "at least 0.15 from the agent"),
+    ],
+)
+def test_impossible_starts_of_goal_tasks(task, state, message):
+    with pytest.raises(ValueError, match=message):
+        SpritesEnv(task=task).reset(options={"state": state})
