@@ -22,7 +22,8 @@ RESULTS = ROOT / "benchmark" / "results"
 sys.path.insert(0, str(ROOT))
 import sprites_env  # noqa: E402
 
-TEXT = ("encoder", "objective", "algorithm", "mixture", "git_commit")  # columns that hold no number
+TEXT = ("encoder", "objective", "algorithm", "mixture", "task", "goals", "goal_fractions")
+TEXT += ("git_commit",)  # columns that hold no number
 # Okabe and Ito's colours, which survive colour blindness, and dashes, which survive greyscale.
 STYLES = {
     "oracle": ("#000000", "-"),
@@ -339,6 +340,94 @@ def awac_table(finals):
     return [*lines, "", f"Mean and 95 % bootstrap interval, seeds {seeds}; {steps:,} online steps."]
 
 
+RIG_STYLES = {  # (goals, goal fractions): label, colour, dashes
+    ("oracle", "0.2 0.4 0.4"): ("true positions", "#000000", "-"),
+    ("latent", "0.2 0.4 0.4"): ("latent, mixed relabelling", "#D55E00", "-"),
+    ("pixel", "0.2 0.4 0.4"): ("distance between pixels", "#0072B2", "--"),
+    ("latent", "0.2 0 0.8"): ("latent, future only", "#009E73", "-."),
+    ("latent", "0.2 0.8 0"): ("latent, prior only", "#E69F00", "--"),
+    ("latent", "1 0 0"): ("latent, none", "#CC79A7", ":"),
+}
+
+
+def rig_runs(rows, task, goals, fractions, column):
+    """(steps (M,), values (S, M)) of one configuration; None if it has no runs."""
+    runs = {}
+    for row in rows:
+        if (row["task"], row["goals"], row["goal_fractions"]) == (task, goals, fractions):
+            runs.setdefault(row["seed"], []).append((row["step"], row[column]))
+    if not runs:
+        return None
+    runs = np.array([sorted(run) for run in runs.values()])
+    return runs[0, :, 0], runs[:, :, 1]
+
+
+def rig_figure(rows, finals):
+    """Final distance against steps: reach (rewards, then relabelling), push (block and agent)."""
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    axes = figure.subplots(1, 3)
+    mixed = "0.2 0.4 0.4"
+    panels = [  # task, column, configurations
+        ("reach", "agent", [(g, mixed) for g in ("oracle", "latent", "pixel")]),
+        ("reach", "agent", [key for key in RIG_STYLES if key[0] == "latent"]),
+        ("push", "block", [(g, mixed) for g in ("oracle", "latent")]),
+        ("push", "agent", [(g, mixed) for g in ("oracle", "latent")]),
+    ]
+    for axis, (task, column, keys) in zip([*axes, axes[2]], panels):
+        for key in keys:
+            found = rig_runs(rows, task, *key, f"final_{column}_distance")
+            if found is None:
+                continue
+            steps, values = found
+            label, colour, dashes = RIG_STYLES[key]
+            if task == "push":
+                label = f"{column}, {label.split(',')[0]}"
+                dashes = "-" if column == "block" else ":"
+            mean, low, high = interval(values)
+            axis.plot(steps / 1000, values.T, color=colour, lw=0.5, alpha=0.35)
+            axis.plot(steps / 1000, mean, dashes, color=colour, lw=1.8, label=label)
+            axis.fill_between(steps / 1000, low, high, color=colour, alpha=0.15, lw=0)
+    for axis, task, title in zip(axes, ("reach", "reach", "push"),
+                                 ("reach: rewards", "reach: relabelling", "push")):  # fmt: skip
+        what = "block" if task == "push" else "agent"
+        levels = [r[f"untouched_{what}_distance"] for r in finals if r["task"] == task]
+        if levels:
+            axis.axhline(levels[0], color="grey", lw=0.8, ls="--")
+            axis.annotate(f"{what}, untouched", (0.98, levels[0]), ha="right", va="bottom",
+                          xycoords=("axes fraction", "data"), color="grey", fontsize=8)  # fmt: skip
+        axis.set(xlabel="environment steps (thousands)", title=title)
+        axis.set_ylim(0, 0.45 if task == "reach" else 0.35)
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("final distance to the goal (frame widths)")
+    figure.savefig(RESULTS / "rig.png", dpi=90)
+
+
+def rig_table(finals):
+    """Final distances of each configuration: mean over seeds and its interval."""
+    lines = ["| task | z and reward | agent's distance | block's distance | success | worst seed |"
+             " probe R² | minutes | seeds |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for task in ("reach", "push"):
+        counts = "block" if task == "push" else "agent"
+        for key, (label, *_) in RIG_STYLES.items():
+            runs = [
+                r for r in finals if (r["task"], r["goals"], r["goal_fractions"]) == (task, *key)
+            ]
+            if not runs:
+                continue
+            cells = []
+            for column in ("agent", "block"):
+                mean, low, high = interval([r[f"final_{column}_distance"] for r in runs])
+                shown = column == "agent" or task == "push"
+                cells.append(f"{mean:.3f} [{low:.3f}, {high:.3f}]" if shown else "")
+            cells.append(f"{100 * np.mean([r['success_rate'] for r in runs]):.0f} %")
+            cells.append(f"{max(r[f'final_{counts}_distance'] for r in runs):.3f}")
+            probe = np.mean([r["probe_r2_agent" if task == "reach" else "probe_r2"] for r in runs])
+            cells.append("" if np.isnan(probe) else f"{probe:.3f}")
+            cells += [f"{np.median([r['minutes'] for r in runs]):.1f}", str(len(runs))]
+            lines.append(f"| {task} | {label} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def speed_tables(measured):
     """What throughput.py measured: {name of a table in the README: its lines}."""
 
@@ -411,6 +500,10 @@ def main():
         runs = read("awac_final.csv")
         awac_figure(read("awac.csv"), runs)
         tables["awac"] = awac_table(runs)
+    if (RESULTS / "rig_final.csv").exists():
+        runs = read("rig_final.csv")
+        rig_figure(read("rig.csv"), runs)
+        tables["imagined goals"] = rig_table(runs)
     if (RESULTS / "awac_narrow_final.csv").exists():
         tables["awac, narrow data"] = awac_table(read("awac_narrow_final.csv"))
     if (RESULTS / "throughput.json").exists():

@@ -3,6 +3,7 @@
     python benchmark/study.py --jobs 2                     encoders x distractors x seeds: hours
     python benchmark/study.py --study single_task          pretraining on one reward alone
     python benchmark/study.py --study awac                 offline data, then online
+    python benchmark/study.py --study rig                  imagined goals
     python benchmark/study.py --seeds 1 --distractors 0 2  a part of it
     python benchmark/study.py --dry-run --stage pretrain   its commands, one a line, for xargs -P,
     python benchmark/study.py --dry-run --stage ppo        GNU parallel or a Slurm array
@@ -42,15 +43,22 @@ KEYS = {  # table of results: the flags that tell its runs apart
     "rp_single_task": ("tasks", "distractors", "seed"),
     "awac": ("algorithm", "temperature", "seed", "total_steps"),
     "awac_narrow": ("algorithm", "mixture", "seed", "total_steps"),
+    "rig": ("task", "goals", "goal_fractions", "seed"),
 }
 TEMPERATURE, TEMPERATURES = 0.03, (0.1, 0.3, 1, 3, 10)  # of awac.py: its default, and others
-SCRIPTS = {"rp_single_task": "rp_pretrain", "awac_narrow": "awac"}  # of tables named otherwise
+SCRIPTS = {"rp_single_task": "rp_pretrain", "awac_narrow": "awac", "rig": "rig_td3"}
+RELABEL = {  # of rig_td3.py: shares of goals as practised, from the prior, from the future
+    "mix": "0.2 0.4 0.4",
+    "none": "1 0 0",
+    "prior": "0.2 0.8 0",
+    "future": "0.2 0 0.8",
+}
 SHORT = {"distractors": "d", "seed": "s", "total_steps": "n", "temperature": "t"}
 
 
 @dataclass(frozen=True)
 class Args:
-    study: Literal["encoders", "single_task", "awac"] = "encoders"  # which of the studies
+    study: Literal["encoders", "single_task", "awac", "rig"] = "encoders"  # which of the studies
     encoders: tuple[str, ...] = ENCODERS  # which of the seven
     distractors: tuple[int, ...] = (0, 1, 2)  # numbers of distractors
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # one run each
@@ -86,8 +94,7 @@ class Job:
 
 def plan(args):
     """The jobs of a study, seed by seed: an early stop leaves whole seeds."""
-    plans = {"encoders": plan_encoders, "single_task": plan_single_task, "awac": plan_awac}
-    return plans[args.study](args)
+    return globals()[f"plan_{args.study}"](args)
 
 
 def plan_encoders(args):
@@ -125,6 +132,19 @@ def plan_awac(args):
         (name, narrow, seed, 5_000) for seed in args.seeds for name in ("awac", "sac_from_buffer")
     ]
     return jobs + [Job("awac_narrow", key) for key in keys]
+
+
+def plan_rig(args):
+    """Imagined goals beside true positions, on both tasks (three seeds of push); then what else
+    could be tried on reach: the distance between pixels, and other ways to relabel."""
+    keys = [("reach", "latent", "mix", seed) for seed in args.seeds]
+    keys += [("push", "latent", "mix", seed) for seed in args.seeds[:3]]
+    keys += [("reach", "oracle", "mix", seed) for seed in args.seeds]
+    keys += [("push", "oracle", "mix", seed) for seed in args.seeds[:3]]
+    for seed in args.seeds:
+        keys += [("reach", "latent", how, seed) for how in ("none", "prior", "future")]
+        keys.append(("reach", "pixel", "mix", seed))
+    return [Job("rig", (task, goals, RELABEL[how], seed)) for task, goals, how, seed in keys]
 
 
 def read(path):

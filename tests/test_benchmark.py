@@ -10,6 +10,7 @@ import pytest
 
 import awac
 import ppo_encoder
+import rig_td3
 import rp_pretrain
 
 ROOT = Path(__file__).parent.parent
@@ -37,13 +38,16 @@ def test_plan(study):
 
 
 def test_plans_of_the_other_studies(study):
-    for name, module in (("single_task", rp_pretrain), ("awac", awac)):
-        jobs = study.plan(study.Args(study=name))
+    scripts = {"single_task": rp_pretrain, "awac": awac, "rig": rig_td3}
+    plans = {name: study.plan(study.Args(study=name)) for name in scripts}
+    for name, module in scripts.items():
+        jobs = plans[name]
         assert jobs and len({job.out for job in jobs}) == len(jobs)
         for job in jobs:
             assert job.command[1] == f"{module.__name__}.py"
             module.tyro.cli(module.Args, args=job.command[2:])  # flags that the script knows
-    defaults = [j for j in jobs if j.table == "awac" and j.key[3]]
+    assert study.RELABEL["mix"] == " ".join(map(str, rig_td3.Args.goal_fractions))
+    defaults = [j for j in plans["awac"] if j.table == "awac" and j.key[3]]
     assert {j.key[1] for j in defaults} == {awac.Args.temperature}
     assert {j.key[3] for j in defaults} == {awac.Args.total_steps}
 
