@@ -26,9 +26,9 @@ Notation
     Z size of z, A (in shapes) size of an action, D size of an observation.
 
 Differs from the paper
-    1. β in (1) falls from 20 to 1 while the VAE trains. (β multiplies a *sum* over z, beside a *sum*
-       over 4,096 pixels.) Much noise at first lets z unfold: places that are close in the image
-       come to be close in z. With β = 1 from the start z is often folded, and misleads as a metric.
+    1. β in (1) falls from 20 to 1 while the VAE trains; it multiplies a *sum* over z, beside a
+       *sum* over 4,096 pixels. Much noise at first lets z unfold: places that are close in the
+       image come to be close in z. With β = 1 from the start z is often folded.
     2. The decoder draws 4 x 4 pixels at a time, from z and their place in the frame: it learns in
        hundreds of updates.
     3. Other sprites are at rest. What moves by itself would rule the distance in z, and no goal
@@ -220,21 +220,6 @@ def polyak_(slow, fast, tau):
 
 
 # --- Data ------------------------------------------------------------------------------------
-
-
-def collect_images(env, count, rng):
-    """What the exploration policy sees: random actions in a new scene every five frames.
-
-    Returns observations (M, ...) and the positions (M, 2, 2) of agent and square."""
-    observations, positions = [], []
-    while len(observations) * env.num_envs < count:
-        if len(observations) % 5 == 0:
-            obs, _ = env.reset()
-        else:
-            obs, *_ = env.step(rng.uniform(-1, 1, (env.num_envs, 2)))
-        observations.append(obs)
-        positions.append(env.states[:, :2, :2])
-    return np.concatenate(observations)[:count], np.concatenate(positions)[:count]
 
 
 class EpisodeReplay:
@@ -472,7 +457,22 @@ def train(args):
     return summary
 
 
-# --- Appendix: measures, pictures, run folder, log -------------------------------------------
+# --- Appendix: images, measures, shared networks, pictures, run folder, log ----------------------
+
+
+def collect_images(env, count, rng):
+    """What the exploration policy sees: random actions in a new scene every five frames.
+
+    Returns observations (M, ...) and the positions (M, 2, 2) of agent and square."""
+    observations, positions = [], []
+    while len(observations) * env.num_envs < count:
+        if len(observations) % 5 == 0:
+            obs, _ = env.reset()
+        else:
+            obs, *_ = env.step(rng.uniform(-1, 1, (env.num_envs, 2)))
+        observations.append(obs)
+        positions.append(env.states[:, :2, :2])
+    return np.concatenate(observations)[:count], np.concatenate(positions)[:count]
 
 
 def draw_goals(env, seed):
@@ -553,20 +553,18 @@ def plot_images(path, rows, labels):
 
 
 def plot_distances(path, rows, untouched, args):
-    """Distances to the goal at the end of an episode, beside those of doing nothing."""
+    """Distances to the goal at the end of an episode; dashed: had nothing been done."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
-    steps = [row["step"] for row in rows]
     for name, level, colour in zip(("agent", "block"), untouched, ("C0", "C1")):
         if level > 0:
             distances = [row[f"final_{name}_distance"] for row in rows]
-            axis.plot(steps, distances, colour, label=name)
-            axis.axhline(level, color=colour, lw=0.8, ls="--", label=f"{name}, untouched")
-    axis.axhline(0.05, color="grey", lw=0.8, ls=":", label="success")
+            axis.plot([row["step"] for row in rows], distances, colour, label=name)
+            axis.axhline(level, color=colour, lw=0.8, ls="--")
     axis.set(xlabel="environment steps", ylabel="final distance (frame widths)", ylim=(0, None))
-    axis.set_title(f"{args.task}, {args.goals} goals, seed: {args.seed}")
+    axis.set_title(f"{args.task}, goals: {args.goals}, seed: {args.seed}")
     axis.legend()
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))
 

@@ -350,11 +350,16 @@ RIG_STYLES = {  # (goals, goal fractions): label, colour, dashes
 }
 
 
+def rig_key(row):
+    """What tells configurations apart."""
+    return row["task"], row["goals"], row["goal_fractions"]
+
+
 def rig_runs(rows, task, goals, fractions, column):
     """(steps (M,), values (S, M)) of one configuration; None if it has no runs."""
     runs = {}
     for row in rows:
-        if (row["task"], row["goals"], row["goal_fractions"]) == (task, goals, fractions):
+        if rig_key(row) == (task, goals, fractions):
             runs.setdefault(row["seed"], []).append((row["step"], row[column]))
     if not runs:
         return None
