@@ -1,4 +1,71 @@
-"""DOC"""
+"""CURL: soft actor critic from pixels, whose encoder also learns to match two views of a frame.
+
+What
+    An encoder turns a stack of frames into a code z, for actor and critic. Two random shifts of the
+    same stack should get similar codes, those of other stacks in the batch different ones: this
+    contrastive loss trains the encoder next to the critic's.
+    `--mode` switches, in one loop, what the claim rests on: the contrastive loss, shifts, pixels.
+
+Paper
+    Laskin, Srinivas & Abbeel, "CURL: Contrastive Unsupervised Representations for Reinforcement
+    Learning", 2020, arXiv 2004.04136. Mode rad: Laskin et al., "Reinforcement Learning with
+    Augmented Data", 2020, arXiv 2004.14990. Soft actor critic: Haarnoja et al., arXiv 1812.05905.
+
+Equations
+    (1)  ℓᵢⱼ = qᵢᵀ W kⱼ − maxⱼ' qᵢᵀ W kⱼ',   q = encoder(shift(s)),   k = encoder'(another shift(s))
+    (2)  encoder, W ← argmin −E[log softmax(ℓᵢ)ᵢ]: key i belongs to query i, the others do not
+    (3)  encoder' ← encoder' + τ' (encoder − encoder'), a slow copy that no gradient reaches
+    (4)  Q, encoder ← argmin Σ E[(Qᵢ(z,a) − y)²],   y = r + γ (1 − terminated) V(s'),
+         V(s') = min Q̄(z',a') − α log π(a'|s'),   a' ~ π
+    (5)  π ← argmin E[α log π(a|s) − min Q(z,a)],   a ~ π; its convolutions are the encoder's
+    (6)  log α ← argmin E[−α (log π(a|s) + H̄)],   H̄ = −A: the entropy is held near H̄
+    (7)  a = tanh(u), u ~ N(mean, sd²):   log π(a|s) = log N(u) − Σ log(1 − tanh²(u))
+    (8)  ridge probe: ŷ = ȳ + k(x) (K + λ I)⁻¹ (y − ȳ) on centred features x, K = x xᵀ / scale;
+         R² = 1 − Σ (y − ŷ)² / Σ (y − ȳ)²
+
+Notation
+    N environments, T steps of an episode, B batch, S frames of a stack, Z code, A (in shapes)
+    size of an action, H outputs of the convolutions, K (in shapes) objects in the frame.
+
+Differs from the paper
+    1. One optimiser over critic, encoder and W, on the sum of both losses; the authors' release
+       steps the encoder with two optimisers. Rewards are standardised (by those of random actions),
+       so that neither loss drowns the other.
+    2. The target (4) takes codes of the encoder, as later work does, not of its slow copy, which
+       only makes keys: one pass less. The actor's update reuses the critic's convolutions.
+    3. Two convolutions, 4 x 4 of stride 4 and 3 x 3 of stride 2, two layers of 256 units and B = 64
+       instead of four convolutions, 1024 and 512: an update takes 15 ms, not a second. Orthogonal
+       initialisation; W starts as the identity. Code: LayerNorm and tanh, as in the pseudocode.
+    4. Zero-pad by 4 and crop 64, instead of 84 out of 100 pixels: a crop smaller than the frame
+       could cut the agent off. Offsets include both extremes; the release never draws the last.
+    5. Ten updates for every 50 steps instead of one a step: steps are cheap here, and a small
+       replay is learnt by heart. Single frames are stored, 4 kB a step; stacks are rebuilt.
+    6. γ = 0.2 instead of 0.99: the next reward tells nearly all. Learning rate 3e-3, falling to
+       zero, instead of 1e-3; α starts at 0.01, with learning rate 1e-3, instead of 0.1 and 1e-4.
+    7. No action repeat.
+
+Run
+    python curl.py
+    python curl.py --mode rad
+    python curl.py --mode curl_unaugmented_sac --distractors 2
+
+Writes
+    to runs/curl/<mode>_d<distractors>_s<seed>/: args.json, curve.csv, curve.png, rollout.gif,
+    checkpoint.pt (at every report), and but for --mode state probe.png and neighbours.png.
+    summary.json: `eval_return_mean`, `eval_return_std`, `eval_episodes`, `score` (0 random, 1
+    chasing with known velocity), `updates`, `training_minutes`; with a contrastive loss
+    `contrastive_accuracy` (since the report before the last) and `contrastive_accuracy_by_chance`,
+    1/B; from pixels `probe_r2`, `probe_r2_random_encoder` and `probe_r2_pixels`, R² by quantity.
+
+Result
+    @RESULT@
+
+Try
+    1. --mode rad, then --mode pixel: what did the contrastive loss add, what did the shift?
+    2. --distractors 2: which bars of probe.png change? Does the code drop what earns nothing?
+    3. Give the keys the query's own offsets: what happens to the accuracy, and to the return?
+
+"""
 
 import copy
 import csv
@@ -24,44 +91,40 @@ from torch import nn
 import sprites_env
 
 Mode = Literal[
-    "state",  # soft actor critic on the state: what pixels could reach
-    "pixel",  # ... on stacks of frames as they are
-    "rad",  # ... on shifted frames
-    "curl",  # ... on shifted frames, and the contrastive loss
-    "curl_unaugmented_sac",  # ... on frames as they are, and the contrastive loss on shifted ones
-    "contrastive_only",  # like curl, but only the contrastive loss trains the encoder
+    "state",  # (a) soft actor critic on the state, without an encoder
+    "pixel",  # (b) ... on stacks of frames as they are
+    "rad",  # (c) ... on shifted stacks
+    "curl",  # (d) ... on shifted stacks, and the contrastive loss
+    "curl_unaugmented_sac",  # (e) ... on stacks as they are, the contrastive loss on shifted ones
+    "contrastive_only",  # (f) like curl, but only the contrastive loss trains the encoder
 ]
-SHIFTED = ("rad", "curl", "contrastive_only")  # what soft actor critic sees is shifted
-CONTRASTIVE = ("curl", "curl_unaugmented_sac", "contrastive_only")  # there is a contrastive loss
+SHIFTED = ("rad", "curl", "contrastive_only")  # modes in which soft actor critic sees shifts
+CONTRASTIVE = ("curl", "curl_unaugmented_sac", "contrastive_only")
 
 
 @dataclass(frozen=True)
 class Args:
-    mode: Mode = "curl"  # what is switched on: see above
+    mode: Mode = "curl"  # what actor and critic see, and what trains the encoder
     distractors: Literal[0, 1, 2] = 0  # other sprites in the frame
-    total_steps: int = 10_000  # environment steps, rounded down to rounds of 40 num_envs
-    num_envs: int = 50  # episodes side by side; each step of all is followed by num_envs updates
-    initial_steps: int = 1_000  # uniformly random actions before the first update
+    total_steps: int = 60_000  # environment steps, rounded down to rounds of 40 num_envs
+    num_envs: int = 50  # episodes side by side
+    initial_steps: int = 1_000  # of random actions, before the first update
+    updates: int = 10  # gradient steps after each step of all environments
     batch_size: int = 64  # transitions of an update, and keys of the contrastive loss (B)
-    learning_rate: float = 3e-3  # of Adam, for everything but the temperature
-    temperature_rate: float = 1e-3  # learning rate of log α
-    initial_temperature: float = 0.01  # α at the start, in units of the standardised reward
+    learning_rate: float = 3e-3  # of Adam, for everything but α; falls linearly to zero
     gamma: float = 0.2  # discount factor
     tau: float = 0.01  # how fast the target critic follows
-    encoder_tau: float = 0.05  # how fast the key encoder follows
-    frame_stack: int = 3  # frames that the encoder sees at once
-    pad: int = 4  # pixels of a random shift, at most
+    encoder_tau: float = 0.05  # τ', how fast the key encoder follows
+    temperature: float = 0.01  # α at the start, for rewards in units of their standard deviation
+    temperature_rate: float = 1e-3  # learning rate of log α
+    frame_stack: int = 3  # frames that the encoder sees at once (S)
+    pad: int = 4  # a shift is by at most this many pixels
     z_dim: int = 50  # size of the code (Z)
-    hidden: int = 128  # units of each of the two hidden layers of policy and critic
-    updates: int = 10
-    rscale: float = 1.0
-    cweight: float = 1.0
-    decay: bool = True
-    tanh: bool = False
+    hidden: int = 256  # units of each of the two hidden layers of policy and critic
     eval_episodes: int = 200  # held-out episodes of each evaluation, without noise
     seed: int = 1  # of networks, environments and actions
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes CUDA where there is one
-    torch_threads: int = 1  # 0 for PyTorch's choice
+    torch_threads: int = 1  # 0 for PyTorch's choice; these networks gain little from a second one
     out: str | None = None  # folder to write to (default: see Writes)
     overwrite: bool = False  # redo a finished run
 
@@ -70,7 +133,7 @@ class Args:
 
 
 class StackEncoder(nn.Module):
-    """Convolutions, which the actor shares, and a head of its own: images become codes z."""
+    """Convolutions, which the actor uses too, and a head: a stack of frames becomes a code z."""
 
     def __init__(self, convolutions, head):
         super().__init__()
@@ -81,20 +144,20 @@ class StackEncoder(nn.Module):
 
 
 def patch_convolutions(frames):
-    """(B, S, 64, 64) -> (B, 2048): 4 x 4 patches, then two convolutions that halve height and
-    width."""
+    """Patches of 4 x 4 pixels, then 3 x 3 of them at every second: (B, S, 64, 64) -> (B, 2048)."""
     layers = [nn.Conv2d(frames, 16, 4, stride=4), nn.ReLU()]  # (B, 16, 16, 16)
     layers += [nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU()]  # (B, 32, 8, 8)
     return orthogonal_(nn.Sequential(*layers, nn.Flatten())).to(memory_format=torch.channels_last)
 
 
 def code_head(size_in, z_dim):
-    """(B, size_in) -> (B, Z)."""
-    return nn.Sequential(orthogonal_(nn.Linear(size_in, z_dim)), nn.LayerNorm(z_dim), nn.Tanh())
+    """A linear map, normalised and squashed: (B, H) -> (B, Z) in [-1, 1]."""
+    linear = orthogonal_(nn.Linear(size_in, z_dim))
+    return nn.Sequential(linear, nn.LayerNorm(z_dim), nn.Tanh())
 
 
 class SquashedActor(nn.Module):
-    """π(a|s): a = tanh(u), u ~ N(mean, sd²), both functions of the state; log sd in [-10, 2]."""
+    """π(a|s): a = tanh(u), u ~ N(mean, sd²), eq. (7). log sd is kept in [-10, 2]."""
 
     def __init__(self, features, size_in, hidden, action_dim):
         super().__init__()
@@ -138,16 +201,33 @@ def orthogonal_(module, gain=math.sqrt(2)):
 # --- The algorithm: pure functions of tensors ------------------------------------------------
 
 
+def random_shift(stacks, offsets, pad):
+    """Zero-pad by `pad` pixels and crop to the old size: one offset for all frames of a stack.
+
+    Array (B, S, H, W), offsets (2, B) in 0 ... 2 pad, where `pad` changes nothing."""
+    padded = np.pad(stacks, ((0, 0), (0, 0), (pad, pad), (pad, pad)))
+    crops = np.lib.stride_tricks.sliding_window_view(padded, stacks.shape[2:], axis=(2, 3))
+    return crops[np.arange(len(stacks)), :, *offsets]
+
+
 def bilinear_logits(query, keys, W):
-    """ℓᵢⱼ = qᵢᵀ W kⱼ − maxⱼ qᵢᵀ W kⱼ, eq. (1). query, keys (B, Z), W (Z, Z) -> (B, B)."""
+    """ℓᵢⱼ = qᵢᵀ W kⱼ − maxⱼ' qᵢᵀ W kⱼ', eq. (1). query, keys (B, Z), W (Z, Z) -> (B, B).
+
+    The maximum changes neither loss nor gradient, and keeps exp(ℓ) finite."""
+    assert query.shape == keys.shape
     logits = query @ W @ keys.T
     return logits - logits.amax(1, keepdim=True)
 
 
 def info_nce_loss(logits):
-    """−E[log softmax(ℓᵢ)ᵢ], eq. (2): key i is the positive of query i. (B, B) -> scalar."""
+    """−E[log softmax(ℓᵢ)ᵢ], eq. (2): key i belongs to query i. (B, B) -> scalar."""
     assert logits.shape == (len(logits), len(logits))
     return -logits.log_softmax(1).diagonal().mean()
+
+
+def top_1_accuracy(logits):
+    """The share of queries that have their own key nearest; 1/B by chance. (B, B) -> scalar."""
+    return (logits.argmax(1) == torch.arange(len(logits), device=logits.device)).float().mean()
 
 
 def td_target(reward, terminated, next_value, gamma):
@@ -171,7 +251,7 @@ def soft_actor_loss(q, log_prob, entropy_weight):
 
 def temperature_loss(log_alpha, log_prob, target_entropy):
     """E[−α (log π(a|s) + H̄)], eq. (6). log_alpha scalar, log_prob (B,), detached -> scalar."""
-    return -(log_alpha.exp() * (log_prob + target_entropy).detach()).mean()
+    return -(log_alpha.exp() * (log_prob.detach() + target_entropy)).mean()
 
 
 def gaussian_log_prob(actions, mean, log_std):
@@ -181,8 +261,10 @@ def gaussian_log_prob(actions, mean, log_std):
 
 
 def squashed_log_prob(u, mean, log_std):
-    """log π(a|s) = log N(u) − Σ log(1 − tanh²(u)) for a = tanh(u), eq. (7). (B, A) -> (B,)."""
-    correction = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))  # the same, stably
+    """log π(a|s) = log N(u) − Σ log(1 − tanh²(u)) for a = tanh(u), eq. (7). (B, A) -> (B,).
+
+    log(1 − tanh²(u)) = 2 (log 2 − u − softplus(−2u)), which stays finite for large u."""
+    correction = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))
     return gaussian_log_prob(u, mean, log_std) - correction.sum(-1)
 
 
@@ -193,43 +275,71 @@ def polyak_(slow, fast, tau):
             target.lerp_(source, tau)
 
 
-def random_shift(stacks, offsets, pad):
-    """Zero-pad and crop: one offset per stack. uint8 (B, S, H, W), offsets (2, B) in 0 ... 2 pad."""
-    padded = np.pad(stacks, ((0, 0), (0, 0), (pad, pad), (pad, pad)))
-    crops = np.lib.stride_tricks.sliding_window_view(padded, stacks.shape[2:], axis=(2, 3))
-    return crops[np.arange(len(stacks)), :, offsets[0], offsets[1]]
+def ridge_probe(x, y, x_test, penalty):
+    """ŷ = ȳ + k(x) (K + λ I)⁻¹ (y − ȳ), eq. (8): what ridge regression on M rows predicts.
+
+    x (M, D), y (M, C), x_test (L, D) -> (L, C). The dual form: D may be all pixels of a stack. K is
+    scaled to a mean of 1 on its diagonal, so that λ means the same for all features."""
+    centre, mean = x.mean(0), y.mean(0)
+    a, b = x - centre, x_test - centre
+    K, k = a @ a.T, b @ a.T
+    scale = K.diagonal().mean()
+    identity = torch.eye(len(a), dtype=a.dtype, device=a.device)
+    return mean + k / scale @ torch.linalg.solve(K / scale + penalty * identity, y - mean)
+
+
+def r_squared(y, predicted):
+    """R² = 1 − Σ (y − ŷ)² / Σ (y − ȳ)², eq. (8), mean over columns. Both (L, C) -> float."""
+    assert y.shape == predicted.shape
+    residual, total = (y - predicted).square().sum(0), (y - y.mean(0)).square().sum(0)
+    return (1 - residual / total).mean().item()
 
 
 # --- Data ------------------------------------------------------------------------------------
 
 
-class EpisodeReplay:
-    """Every observation once; stacks of them are rebuilt when sampled."""
+class FrameReplay:
+    """Every observation once; stacks are rebuilt when sampled, and never cross an episode's start:
+    there, the first frame is repeated. Nothing is ever dropped."""
 
-    def __init__(self, rounds, horizon, space, action_dim, num_envs, frames):
-        self.T, self.N, self.frames, self.size = horizon, num_envs, frames, 0
+    def __init__(self, rounds, num_envs, horizon, space, action_dim, frames):
+        self.num_envs, self.horizon, self.frames, self.size = num_envs, horizon, frames, 0
+        transitions = rounds * horizon * num_envs  # in the order: round, step, environment
+        # one more than there are steps: what followed the last one
         self.observations = np.zeros((rounds, horizon + 1, num_envs, *space.shape), space.dtype)
-        shape = (rounds * horizon * num_envs,)
-        self.actions = np.zeros((*shape, action_dim), np.float32)
-        self.rewards, self.terminated = np.zeros(shape, np.float32), np.zeros(shape, bool)
+        self.actions = np.zeros((transitions, action_dim), np.float32)
+        self.rewards = np.zeros(transitions, np.float32)
+        self.terminated = np.zeros(transitions, bool)
 
-    def add(self, obs, action, reward, successor, terminated):
-        """One step of all environments"""
-        round, t = divmod(self.size // self.N, self.T)
-        self.observations[round, t], self.observations[round, t + 1] = obs, successor
-        new = slice(self.size, self.size + self.N)
+    def add(self, obs, action, reward, successor, terminated):  # each (N, ...): one step of all
+        episode, t = divmod(self.size // self.num_envs, self.horizon)
+        self.observations[episode, t], self.observations[episode, t + 1] = obs, successor
+        new = slice(self.size, self.size + self.num_envs)
         self.actions[new], self.rewards[new], self.terminated[new] = action, reward, terminated
-        self.size += self.N
+        self.size = new.stop
 
     def sample(self, rng, batch):
+        """B transitions: stacks, actions, rewards, next stacks, terminated."""
         i = rng.integers(self.size, size=batch)
-        episode, t, n = i // (self.T * self.N), i // self.N % self.T, i % self.N
+        step, env = np.divmod(i, self.num_envs)
+        episode, t = np.divmod(step, self.horizon)
         times = np.maximum(t[:, None] + np.arange(1 - self.frames, 2), 0)  # (B, S + 1)
-        x = self.observations[episode[:, None], times, n[:, None]]  # (B, S + 1, ...)
-        stack, successor = (
-            y.reshape(batch, -1, *y.shape[3:]) for y in (x[:, :-1], x[:, 1:])
-        )  # (B, S, 64, 64)
-        return stack, self.actions[i], self.rewards[i], successor, self.terminated[i]
+        x = self.observations[episode[:, None], times, env[:, None]]  # (B, S + 1, ...)
+        both = (y.reshape(batch, -1, *y.shape[3:]) for y in (x[:, :-1], x[:, 1:]))
+        stacks, successors = both  # (B, S, 64, 64), or (B, D)
+        return stacks, self.actions[i], self.rewards[i], successors, self.terminated[i]
+
+
+def remembering(policy, frames):
+    """A policy of single observations, for one episode, from one of stacks: it remembers the last
+    ones, and repeats the first where there are none yet."""
+    memory = []
+
+    def act(obs):  # (N, 1, 64, 64), or (N, D)
+        memory[:] = [*(memory or [obs] * frames), obs][-frames:]
+        return policy(np.concatenate(memory, axis=1))
+
+    return act
 
 
 # --- Training --------------------------------------------------------------------------------
@@ -237,9 +347,11 @@ class EpisodeReplay:
 
 def train(args):
     """One run; returns the content of summary.json."""
+    check(args, "total_steps num_envs initial_steps updates batch_size learning_rate tau")
+    check(args, "encoder_tau temperature temperature_rate frame_stack z_dim hidden eval_episodes")
     pixels, shifted = args.mode != "state", args.mode in SHIFTED
     contrastive = args.mode in CONTRASTIVE
-    S = args.frame_stack if pixels else 1
+    frames = args.frame_stack if pixels else 1  # a state has velocities
 
     def make_env(num_envs, render_mode=None):
         options = {"distractors": args.distractors, "render_mode": render_mode}
@@ -247,148 +359,302 @@ def train(args):
         return sprites_env.SpritesVectorEnv(num_envs, **options)
 
     env = make_env(args.num_envs)
-    N, T, A = env.num_envs, env.horizon, env.single_action_space.shape[0]
+    N, T, space = env.num_envs, env.horizon, env.single_observation_space
     rounds = args.total_steps // (N * T)
+    first_update = math.ceil(args.initial_steps / N)  # after this many steps of all environments
+    if not (0 <= args.gamma < 1 and args.tau <= 1 and args.encoder_tau <= 1 and args.pad >= 0):
+        raise SystemExit(
+            "error: --gamma must be in [0, 1), --tau and --encoder-tau in (0, 1], --pad 0 or more"
+        )
+    if rounds * T < first_update or not rounds:
+        raise SystemExit(
+            f"error: --total-steps must be at least {N * T} (a round of episodes), and enough for"
+            f" an update after --initial-steps {args.initial_steps}"
+        )
+    if contrastive and args.batch_size < 2:
+        raise SystemExit("error: the contrastive loss needs others: --batch-size of 2 or more")
     device = prepare(args)
     out = open_run(args, f"{args.mode}_d{args.distractors}_s{args.seed}", device)
-    space = env.single_observation_space
-    replay, rng = EpisodeReplay(rounds, T, space, A, N, S), np.random.default_rng(args.seed)
 
     def to_tensor(array):
         return torch.as_tensor(array, dtype=torch.float32, device=device)
 
-    if pixels:
-        encoder = StackEncoder(patch_convolutions(S), code_head(2048, args.z_dim))
-        actor = SquashedActor(code_head(2048, args.z_dim), args.z_dim, args.hidden, A)
-        critic = TwinCritic(nn.Identity(), args.z_dim, args.hidden, A)
-    else:
-        D = space.shape[0]
-        encoder = StackEncoder(nn.Identity(), nn.Identity())
-        actor = SquashedActor(nn.Identity(), D, args.hidden, A)
-        critic = TwinCritic(nn.Identity(), D, args.hidden, A)
-    lo, hi = to_tensor(space.low), to_tensor(space.high)
+    low, high = to_tensor(space.low), to_tensor(space.high)
 
-    def to_input(obs):
-        return to_float(obs, device) if pixels else (to_tensor(obs) - lo) / (hi - lo) * 2 - 1
+    def to_input(obs):  # uint8 frames to [0, 1], states to [-1, 1]
+        return to_float(obs, device) if pixels else 2 * (to_tensor(obs) - low) / (high - low) - 1
 
-    W = nn.Parameter(torch.eye(args.z_dim) * args.cweight)
-    log_alpha = nn.Parameter(torch.tensor(math.log(args.initial_temperature)))
-    encoder_target, critic_target = copy.deepcopy((encoder, critic))
-    fast = [*encoder.parameters(), *critic.parameters(), W]
-    optimizer = torch.optim.Adam(fast, lr=args.learning_rate, fused=True)
+    A, Z = env.single_action_space.shape[0], args.z_dim if pixels else space.shape[0]
+    convolutions = patch_convolutions(frames) if pixels else nn.Identity()
+    make_head = (lambda: code_head(2048, Z)) if pixels else nn.Identity
+    encoder = StackEncoder(convolutions, make_head()).to(device)
+    critic = TwinCritic(nn.Identity(), Z, args.hidden, A).to(device)
+    actor = SquashedActor(make_head(), Z, args.hidden, A).to(device)
+    W = nn.Parameter(torch.eye(Z, device=device))
+    log_alpha = nn.Parameter(torch.tensor(math.log(args.temperature), device=device))
+    encoder_start = copy.deepcopy(encoder)  # the probe's control
+    key_encoder, critic_target = copy.deepcopy((encoder, critic))
+    learnt = [*critic.parameters(), *encoder.parameters(), *([W] if contrastive else [])]
+    optimizer = torch.optim.Adam(learnt, lr=args.learning_rate, fused=True)
     actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.learning_rate, fused=True)
     alpha_optimizer = torch.optim.Adam([log_alpha], lr=args.temperature_rate, betas=(0.5, 0.999))
 
-    def shift(stacks):
+    replay, rng = FrameReplay(rounds, N, T, space, A, frames), np.random.default_rng(args.seed)
+    print(f"replay: {replay.observations.nbytes:,} bytes of observations, each stored once")
+
+    def shift(stacks):  # each stack by an offset of its own
         return random_shift(stacks, rng.integers(2 * args.pad + 1, size=(2, len(stacks))), args.pad)
 
-    def sampled(mean, log_std):
+    def sampled(mean, log_std):  # a ~ π(·|s), differentiable in both, and log π(a|s)
         u = mean + log_std.exp() * torch.randn_like(mean)
         return u.tanh(), squashed_log_prob(u, mean, log_std)
 
-    @torch.no_grad()
-    def explore(stacks):
-        return sampled(*actor(encoder.convolutions(to_input(stacks))))[0]
-
-    def policy(stacks):
+    def policy(stacks):  # without noise
         return actor(encoder.convolutions(to_input(stacks)))[0].tanh()
 
-    log, update, metrics = Log(out, rounds * N * T), 0, {}
+    @torch.no_grad()
+    def explore(stacks):
+        return sampled(*actor(encoder.convolutions(to_input(stacks))))[0].cpu().numpy()
+
+    log, update, recent = Log(out, rounds * N * T), 0, []  # recent: accuracies since a report
+    total_updates = (rounds * T - first_update + 1) * args.updates
+    reports = {max(first_update, math.ceil(rounds * T * i / 20)) for i in range(1, 21)}
     obs, _ = env.reset(seed=args.seed * 100_000)
-    total_updates = (rounds * T - args.initial_steps // N) * args.updates
+    train_return = float("nan")  # mean of the last episodes
     for step in range(1, rounds * T + 1):
         # act
-        if (step - 1) % T == 0:
-            act, episode_return = remembering(explore, S), np.zeros(N)
-        action = act(obs).cpu().numpy()
-        if replay.size < args.initial_steps:
-            action = rng.uniform(-1, 1, (N, A))
+        if step % T == 1 or T == 1:
+            act, episode_return = remembering(explore, frames), np.zeros(N)
+        action = act(obs)
+        if step <= first_update:
+            action = rng.uniform(-1, 1, action.shape)
         next_obs, reward, terminated, truncated, info = env.step(action)
-        ended = terminated | truncated
-        successor = np.stack(info["final_obs"]) if ended.any() else next_obs
+        ended = terminated | truncated  # in lockstep: all end together
+
         # store
+        successor = np.stack(info["final_obs"]) if ended.any() else next_obs
         replay.add(obs, action, reward, successor, terminated)
         obs, episode_return = next_obs, episode_return + reward
+        if ended.any():
+            train_return = episode_return.mean()
+        if step < first_update:
+            continue
+        if step == first_update:  # rewards are standardised with those of random actions
+            reward_mean, reward_sd = (f(replay.rewards[: replay.size]) for f in (np.mean, np.std))
 
         # learn
-        if replay.size == args.initial_steps:
-            rm, rs = replay.rewards[: replay.size].mean(), replay.rewards[: replay.size].std()
-            rs = rs / args.rscale
-        for _ in range(args.updates if replay.size >= args.initial_steps else 0):
+        for _ in range(args.updates):
             update += 1
-            if args.decay:
-                for o in (optimizer, actor_optimizer):
-                    o.param_groups[0]["lr"] = args.learning_rate * (1 - update / (total_updates + args.updates + 1))
+            for group in optimizer.param_groups + actor_optimizer.param_groups:
+                group["lr"] = args.learning_rate * (1 - (update - 1) / total_updates)
             s, a, r, s_next, terminated = replay.sample(rng, args.batch_size)
-            a, r, terminated = to_tensor(a), to_tensor((r - rm) / rs), to_tensor(terminated)
-            anchor = to_input(shift(s) if shifted else s)
-            after = to_input(shift(s_next) if shifted else s_next)
-            h = encoder.convolutions(anchor)
-            z = encoder.head(h)
-            with torch.no_grad():
-                a_next, log_prob = sampled(*actor(h_next := encoder.convolutions(after)))
-                q_next = critic_target(encoder.head(h_next), a_next).amin(0)
-                y = td_target(r, terminated, q_next - log_alpha.exp() * log_prob, args.gamma)
-            q = critic(z.detach() if args.mode == "contrastive_only" else z, a)
+            a, terminated = to_tensor(a), to_tensor(terminated)
+            r = to_tensor((r - reward_mean) / reward_sd)
+            x, x_next = (to_input(shift(y) if shifted else y) for y in (s, s_next))
+            h = encoder.convolutions(x)  # (B, H)
+            z = encoder.head(h)  # (B, Z)
+
+            with torch.no_grad():  # critic, eq. (4)
+                h_next = encoder.convolutions(x_next)
+                a_next, log_prob = sampled(*actor(h_next))
+                next_value = critic_target(encoder.head(h_next), a_next).amin(0)  # (B,)
+                next_value -= log_alpha.exp() * log_prob
+                y = td_target(r, terminated, next_value, args.gamma)
+            q = critic(z.detach() if args.mode == "contrastive_only" else z, a)  # (2, B)
             q_loss = loss = critic_loss(q, y)
-            if contrastive:
+            metrics = {"critic_loss": q_loss}
+
+            if contrastive:  # eqs. (1), (2)
                 query = z if shifted else encoder(to_input(shift(s)))
                 with torch.no_grad():
-                    keys = encoder_target(to_input(shift(s)))
+                    keys = key_encoder(to_input(shift(s)))
                 logits = bilinear_logits(query, keys, W)
-                nce = info_nce_loss(logits)
-                loss = loss + nce
-                metrics |= {"nce": nce, "acc": logits}
+                contrastive_loss = info_nce_loss(logits)
+                loss = q_loss + contrastive_loss
+                recent.append(top_1_accuracy(logits))
+                metrics["contrastive_loss"] = contrastive_loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
-            if update % 2 == 0:
-                h = h.detach()
+            if update % 2 == 0:  # every second time, as in the paper
+                h = h.detach()  # the convolutions learn from the critic, not from the actor
                 a_new, log_prob = sampled(*actor(h))
-                with torch.no_grad():
-                    z = encoder.head(h)
-                q_new = critic(z, a_new).amin(0)
-                actor_loss = soft_actor_loss(q_new, log_prob, log_alpha.exp().detach())
+                q_new = critic(encoder.head(h).detach(), a_new).amin(0)
+                actor_loss = soft_actor_loss(q_new, log_prob, log_alpha.exp().detach())  # eq. (5)
                 actor_optimizer.zero_grad()
                 actor_loss.backward()
                 actor_optimizer.step()
-                alpha_loss = temperature_loss(log_alpha, log_prob, -A)
+                alpha_loss = temperature_loss(log_alpha, log_prob, -A)  # eq. (6)
                 alpha_optimizer.zero_grad()
                 alpha_loss.backward()
                 alpha_optimizer.step()
                 polyak_(critic_target, critic, args.tau)
-                polyak_(encoder_target, encoder, args.encoder_tau)
+                polyak_(key_encoder, encoder, args.encoder_tau)  # eq. (3)
 
         # report
-        if (step * N * 10) // (rounds*N*T) != ((step - 1) * N * 10) // (rounds*N*T) and update:
-            returns = evaluate(remembering(policy, S), make_env(args.eval_episodes))
-            acc = float("nan")
+        if step in reports:
+            returns = evaluate(remembering(policy, frames), make_env(args.eval_episodes))
             if contrastive:
-                acc = (logits.argmax(1) == torch.arange(len(logits))).float().mean().item()
+                metrics["contrastive_accuracy"] = torch.stack(recent).mean()
+                recent.clear()
             log.report(
                 step * N,
                 eval_return=returns.mean(),
-                q_loss=q_loss.item(), entropy=-log_prob.mean().item(), alpha=log_alpha.exp().item(),
-                 acc=acc, nce=nce.item() if contrastive else 0, ztd=z.std(0).mean().item(), train=episode_return.mean()/((step-1)%T+1)*T
+                train_return=train_return,
+                **{name: value.item() for name, value in metrics.items()},
+                temperature=log_alpha.exp().item(),
+                entropy=-log_prob.mean().item(),
+                updates=update,
             )
-            print(log.rows[-1])
-    return returns.mean()
+            saved = {"encoder": encoder.state_dict(), "actor": actor.state_dict(), "step": step * N}
+            write_whole(out / "checkpoint.pt", lambda t, saved=saved: torch.save(saved, t))
+
+    summary = {
+        "eval_return_mean": returns.mean(),
+        "eval_return_std": returns.std(),
+        "eval_episodes": args.eval_episodes,
+        "score": sprites_env.score(returns.mean()),
+        "updates": update,
+        "training_minutes": round(log.minutes(), 2),
+    }
+    if contrastive:
+        summary["contrastive_accuracy"] = log.rows[-1]["contrastive_accuracy"]
+        summary["contrastive_accuracy_by_chance"] = 1 / args.batch_size
+    if pixels:
+        stacks, states, shapes = random_stacks(make_env(PROBE_EPISODES), frames)
+        codes = {"encoder": encode(encoder, to_input, stacks)}
+        codes["random_encoder"] = encode(encoder_start, to_input, stacks)
+        codes["pixels"] = encode(nn.Flatten(), to_input, stacks)
+        r2 = {name: probe(code, states) for name, code in codes.items()}
+        summary |= {"probe_r2" + f"_{name}" * (name != "encoder"): r2[name] for name in r2}
+        plot_probe(out / "probe.png", r2, args)
+        plot_neighbours(out / "neighbours.png", codes, states, shapes)
+    plot_learning(out / "curve.png", log.rows, args)
+    film = []
+    evaluate(remembering(policy, frames), make_env(4, "rgb_array"), film)
+    save_gif(out / "rollout.gif", film)
+    write_whole(out / "summary.json", lambda t: t.write_text(json.dumps(summary, indent=1)))
+    return summary
 
 
-def remembering(policy, frames):
-    """A policy of stacks, as a policy of single observations, for one episode: it remembers the
-    last ones, and takes the first one for those before it."""
-    memory = []
+# --- Appendix: probe, evaluation, pictures, run folder, log ----------------------------------
 
-    def act(obs):
-        memory[:] = [*(memory or [obs] * frames), obs][-frames:]
-        return policy(np.concatenate(memory, axis=1))
-
-    return act
+PROBE_EPISODES = 180
 
 
-# --- Appendix: 
+def random_stacks(env, frames):
+    """Stacks (E, M, S, 64, 64), states (E, M, K, 4) and shapes (E, K) of E episodes of random
+    actions, every fourth step, from where a stack is full."""
+    obs, _ = env.reset(seed=10**9 + 50_000)
+    rng, stack_of, rows = np.random.default_rng(0), remembering(lambda stacks: stacks, frames), []
+    shapes = env.shapes
+    for t in range(env.horizon):
+        stacks = stack_of(obs)
+        if t >= frames - 1 and t % 4 == 3:
+            rows.append((stacks, env.states))
+        obs, *_ = env.step(rng.uniform(-1, 1, env.action_space.shape))
+    return *(np.stack(column, axis=1) for column in zip(*rows)), shapes
+
+
+@torch.no_grad()
+def encode(encoder, to_input, stacks):
+    """Codes (E, M, Z) of stacks (E, M, S, 64, 64), one step of all episodes at a time."""
+    return torch.stack([encoder(to_input(x)).cpu() for x in np.swapaxes(stacks, 0, 1)], dim=1)
+
+
+def probe(codes, states):
+    """R² of ridge regressions (8) from codes (E, M, Z) to what the frames show, by quantity: fitted
+    on two thirds of the episodes, λ chosen on a sixth, tested on the last sixth."""
+    agent, target = states[..., 0, :2], states[..., 1, :2]
+    quantities = {"agent": agent, "target": target, "relative_position": target - agent}
+    quantities["target_velocity"] = states[..., 1, 2:]
+    if states.shape[2] > 2:
+        quantities["distractors"] = states[..., 2:, :2].reshape(*states.shape[:2], -1)
+    parts = np.split(np.arange(len(codes)), [len(codes) * 4 // 6, len(codes) * 5 // 6])
+    x, x_choose, x_test = (codes[part].flatten(0, 1) for part in parts)
+    r2 = {}
+    for name, y in quantities.items():
+        y, y_choose, y_test = (torch.from_numpy(y[part]).float().flatten(0, 1) for part in parts)
+        tried = []
+        for penalty in (1e-3, 1e-1, 10):
+            predicted = ridge_probe(x, y, torch.cat([x_choose, x_test]), penalty).split(len(y_test))
+            tried.append((r_squared(y_choose, predicted[0]), r_squared(y_test, predicted[1])))
+        r2[name] = max(tried)[1]
+    return r2
+
+
+def plot_probe(path, r2, args):
+    """Bars of R², by quantity and features; `r2` is a dict of dicts."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axis = figure.subplots()
+    for i, (features, by_quantity) in enumerate(r2.items()):
+        bars = axis.bar(
+            np.arange(len(by_quantity)) + 0.27 * (i - 1),
+            [max(value, 0) for value in by_quantity.values()],
+            width=0.25,
+            label=features.replace("_", " "),
+        )
+        axis.bar_label(bars, [f"{value:.2f}" for value in by_quantity.values()], fontsize=7)
+    names = [name.replace("_", "\n") for name in by_quantity]
+    axis.set_xticks(range(len(names)), names)
+    axis.set(ylabel="R² on unseen episodes", ylim=(0, 1.1))
+    axis.set_title(f"What a linear map reads off: {args.mode}, {args.distractors} distractors")
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))
+
+
+def plot_neighbours(path, codes, states, shapes):
+    """For six query frames, the nearest two of other episodes: in z, and in pixels."""
+    from matplotlib.figure import Figure
+
+    queries, M = np.linspace(0, len(states) - 1, 6).astype(int), states.shape[1]
+    figure = Figure(figsize=(8.4, 7.2), layout="constrained")
+    axes = figure.subplots(5, len(queries))
+
+    def show(axis, episode, t, label):
+        axis.imshow(sprites_env.draw_rgb(states[episode, t, :, :2], shapes[episode], scale=2))
+        axis.set(xticks=[], yticks=[])
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel(label)
+
+    for column, query in zip(axes.T, queries):
+        show(column[0], query, M // 2, "query")
+        for first, name in ((1, "encoder"), (3, "pixels")):
+            distance = (codes[name] - codes[name][query, M // 2]).square().sum(-1)  # (E, M)
+            distance[query] = float("inf")
+            for i, near in enumerate(distance.flatten().argsort()[:2].tolist()):
+                show(column[first + i], *divmod(near, M), f"near in {name.replace('encoder', 'z')}")
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=80))
+
+
+def plot_learning(path, rows, args):
+    """Returns between those of scripted controllers; for a contrastive loss, its accuracy."""
+    from matplotlib.figure import Figure
+
+    contrastive = "contrastive_accuracy" in rows[0]
+    figure = Figure(figsize=(11 if contrastive else 6, 4), layout="constrained")
+    axis, *more = figure.subplots(1, 1 + contrastive, squeeze=False)[0]
+    steps = [row["step"] for row in rows]
+    for column, style in (("train_return", "C0:"), ("eval_return", "C0-")):
+        axis.plot(steps, [row[column] for row in rows], style, label=column.replace("_", " "))
+    for name, level in sprites_env.REFERENCE_RETURNS["follow"].items():
+        axis.axhline(level, color="grey", lw=0.8, ls="--", zorder=0)
+        axis.annotate(name, (0, level), xycoords=("axes fraction", "data"), color="grey", size=8)
+    axis.set(xlabel="environment steps", ylabel="return of a 40-step episode")
+    axis.set_title(f"{args.mode}, distractors: {args.distractors}, seed: {args.seed}")
+    axis.legend(loc="lower right")
+    if contrastive:
+        more[0].plot(steps, [row["contrastive_accuracy"] for row in rows], "C1")
+        more[0].axhline(1 / args.batch_size, color="grey", lw=0.8, ls="--")
+        more[0].annotate(
+            "chance, 1/B", (steps[0], 1 / args.batch_size + 0.02), color="grey", size=8
+        )
+        more[0].set(xlabel="environment steps", ylim=(0, 1.02))
+        more[0].set_ylabel("the own key is nearest (top-1 accuracy)")
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))
 
 
 @torch.no_grad()
