@@ -28,21 +28,18 @@ Notation
     size of an action, H outputs of the convolutions, K (in shapes) objects in the frame.
 
 Differs from the paper
-    1. One optimiser over critic, encoder and W, on the sum of both losses; the authors' release
-       steps the encoder with two optimisers. Rewards are standardised (by those of random actions),
-       so that neither loss drowns the other.
+    1. One optimiser for critic, encoder and W, on the sum of both losses; the authors' release
+       steps the encoder with two. Standardised rewards keep one loss from drowning the other.
     2. The target (4) takes codes of the encoder, as later work does, not of its slow copy, which
        only makes keys: one pass less. The actor's update reuses the critic's convolutions.
-    3. Two convolutions, 4 x 4 of stride 4 and 3 x 3 of stride 2, two layers of 256 units and B = 64
-       instead of four convolutions, 1024 and 512: an update takes 15 ms, not a second. Orthogonal
-       initialisation; W starts as the identity. Code: LayerNorm and tanh, as in the pseudocode.
+    3. A small network, B = 64: an update takes 17 ms, not a second. Orthogonal initialisation; W
+       starts as the identity. LayerNorm and tanh end the code, as in the paper's pseudocode.
     4. Zero-pad by 4 and crop 64, instead of 84 out of 100 pixels: a crop smaller than the frame
        could cut the agent off. Offsets include both extremes; the release never draws the last.
     5. Ten updates for every 50 steps instead of one a step: steps are cheap here, and a small
-       replay is learnt by heart. Single frames are stored, 4 kB a step; stacks are rebuilt.
+       replay is learnt by heart. Frames are stored once, 4 kB each; stacks are rebuilt.
     6. γ = 0.2 instead of 0.99: the next reward tells nearly all. Learning rate 3e-3, falling to
-       zero, instead of 1e-3; α starts at 0.01, with learning rate 1e-3, instead of 0.1 and 1e-4.
-    7. No action repeat.
+       zero, instead of 1e-3, for α too, which starts at 0.01 instead of 0.1. No action repeat.
 
 Run
     python curl.py
@@ -50,21 +47,20 @@ Run
     python curl.py --mode curl_unaugmented_sac --distractors 2
 
 Writes
-    to runs/curl/<mode>_d<distractors>_s<seed>/: args.json, curve.csv, curve.png, rollout.gif,
-    checkpoint.pt (at every report), and but for --mode state probe.png and neighbours.png.
+    to runs/curl/<mode>_d<distractors>_s<seed>/: args.json, curve.csv, curve.png (and what a linear
+    probe reads off), rollout.gif, checkpoint.pt (at every report), neighbours.png (from pixels).
     summary.json: `eval_return_mean`, `eval_return_std`, `eval_episodes`, `score` (0 random, 1
-    chasing with known velocity), `updates`, `training_minutes`; with a contrastive loss
-    `contrastive_accuracy` (since the report before the last) and `contrastive_accuracy_by_chance`,
-    1/B; from pixels `probe_r2`, `probe_r2_random_encoder` and `probe_r2_pixels`, R² by quantity.
+    chasing with known velocity), `updates`, `minutes`; with a contrastive loss
+    `contrastive_accuracy` (mean of the last twentieth of the run; 1/B by chance); from pixels
+    `probe_r2`, `probe_r2_random_encoder`, `probe_r2_pixels`: R² by quantity.
 
 Result
     @RESULT@
 
 Try
     1. --mode rad, then --mode pixel: what did the contrastive loss add, what did the shift?
-    2. --distractors 2: which bars of probe.png change? Does the code drop what earns nothing?
+    2. --distractors 2: which bars change? Does the code drop what earns nothing?
     3. Give the keys the query's own offsets: what happens to the accuracy, and to the return?
-
 """
 
 import copy
@@ -111,12 +107,11 @@ class Args:
     initial_steps: int = 1_000  # of random actions, before the first update
     updates: int = 10  # gradient steps after each step of all environments
     batch_size: int = 64  # transitions of an update, and keys of the contrastive loss (B)
-    learning_rate: float = 3e-3  # of Adam, for everything but α; falls linearly to zero
+    learning_rate: float = 3e-3  # of Adam, falls linearly to zero
     gamma: float = 0.2  # discount factor
     tau: float = 0.01  # how fast the target critic follows
     encoder_tau: float = 0.05  # τ', how fast the key encoder follows
     temperature: float = 0.01  # α at the start, for rewards in units of their standard deviation
-    temperature_rate: float = 1e-3  # learning rate of log α
     frame_stack: int = 3  # frames that the encoder sees at once (S)
     pad: int = 4  # a shift is by at most this many pixels
     z_dim: int = 50  # size of the code (Z)
@@ -130,17 +125,6 @@ class Args:
 
 
 # --- Networks --------------------------------------------------------------------------------
-
-
-class StackEncoder(nn.Module):
-    """Convolutions, which the actor uses too, and a head: a stack of frames becomes a code z."""
-
-    def __init__(self, convolutions, head):
-        super().__init__()
-        self.convolutions, self.head = convolutions, head
-
-    def forward(self, x):  # (B, S, 64, 64) -> (B, Z)
-        return self.head(self.convolutions(x))
 
 
 def patch_convolutions(frames):
@@ -225,11 +209,6 @@ def info_nce_loss(logits):
     return -logits.log_softmax(1).diagonal().mean()
 
 
-def top_1_accuracy(logits):
-    """The share of queries that have their own key nearest; 1/B by chance. (B, B) -> scalar."""
-    return (logits.argmax(1) == torch.arange(len(logits), device=logits.device)).float().mean()
-
-
 def td_target(reward, terminated, next_value, gamma):
     """y = r + γ (1 − terminated) V(s'), eq. (4). All (B,), called without gradient. A time limit
     is not in here: an episode that was cut off goes on, as far as values are concerned."""
@@ -275,26 +254,6 @@ def polyak_(slow, fast, tau):
             target.lerp_(source, tau)
 
 
-def ridge_probe(x, y, x_test, penalty):
-    """ŷ = ȳ + k(x) (K + λ I)⁻¹ (y − ȳ), eq. (8): what ridge regression on M rows predicts.
-
-    x (M, D), y (M, C), x_test (L, D) -> (L, C). The dual form: D may be all pixels of a stack. K is
-    scaled to a mean of 1 on its diagonal, so that λ means the same for all features."""
-    centre, mean = x.mean(0), y.mean(0)
-    a, b = x - centre, x_test - centre
-    K, k = a @ a.T, b @ a.T
-    scale = K.diagonal().mean()
-    identity = torch.eye(len(a), dtype=a.dtype, device=a.device)
-    return mean + k / scale @ torch.linalg.solve(K / scale + penalty * identity, y - mean)
-
-
-def r_squared(y, predicted):
-    """R² = 1 − Σ (y − ŷ)² / Σ (y − ȳ)², eq. (8), mean over columns. Both (L, C) -> float."""
-    assert y.shape == predicted.shape
-    residual, total = (y - predicted).square().sum(0), (y - y.mean(0)).square().sum(0)
-    return (1 - residual / total).mean().item()
-
-
 # --- Data ------------------------------------------------------------------------------------
 
 
@@ -330,25 +289,13 @@ class FrameReplay:
         return stacks, self.actions[i], self.rewards[i], successors, self.terminated[i]
 
 
-def remembering(policy, frames):
-    """A policy of single observations, for one episode, from one of stacks: it remembers the last
-    ones, and repeats the first where there are none yet."""
-    memory = []
-
-    def act(obs):  # (N, 1, 64, 64), or (N, D)
-        memory[:] = [*(memory or [obs] * frames), obs][-frames:]
-        return policy(np.concatenate(memory, axis=1))
-
-    return act
-
-
 # --- Training --------------------------------------------------------------------------------
 
 
 def train(args):
     """One run; returns the content of summary.json."""
     check(args, "total_steps num_envs initial_steps updates batch_size learning_rate tau")
-    check(args, "encoder_tau temperature temperature_rate frame_stack z_dim hidden eval_episodes")
+    check(args, "encoder_tau temperature frame_stack z_dim hidden eval_episodes")
     pixels, shifted = args.mode != "state", args.mode in SHIFTED
     contrastive = args.mode in CONTRASTIVE
     frames = args.frame_stack if pixels else 1  # a state has velocities
@@ -363,16 +310,12 @@ def train(args):
     rounds = args.total_steps // (N * T)
     first_update = math.ceil(args.initial_steps / N)  # after this many steps of all environments
     if not (0 <= args.gamma < 1 and args.tau <= 1 and args.encoder_tau <= 1 and args.pad >= 0):
-        raise SystemExit(
-            "error: --gamma must be in [0, 1), --tau and --encoder-tau in (0, 1], --pad 0 or more"
-        )
-    if rounds * T < first_update or not rounds:
-        raise SystemExit(
-            f"error: --total-steps must be at least {N * T} (a round of episodes), and enough for"
-            f" an update after --initial-steps {args.initial_steps}"
-        )
+        raise SystemExit("error: --gamma < 1, --tau and --encoder-tau at most 1, none below 0")
+    if rounds * T < max(1, first_update):
+        least = max(N * T, args.initial_steps)
+        raise SystemExit(f"error: --total-steps must be at least {least}, in rounds of {N * T}")
     if contrastive and args.batch_size < 2:
-        raise SystemExit("error: the contrastive loss needs others: --batch-size of 2 or more")
+        raise SystemExit("error: a contrastive loss needs others: --batch-size of 2 or more")
     device = prepare(args)
     out = open_run(args, f"{args.mode}_d{args.distractors}_s{args.seed}", device)
 
@@ -385,9 +328,9 @@ def train(args):
         return to_float(obs, device) if pixels else 2 * (to_tensor(obs) - low) / (high - low) - 1
 
     A, Z = env.single_action_space.shape[0], args.z_dim if pixels else space.shape[0]
-    convolutions = patch_convolutions(frames) if pixels else nn.Identity()
     make_head = (lambda: code_head(2048, Z)) if pixels else nn.Identity
-    encoder = StackEncoder(convolutions, make_head()).to(device)
+    convolutions, head = patch_convolutions(frames) if pixels else nn.Identity(), make_head()
+    encoder = nn.Sequential(convolutions, head).to(device)
     critic = TwinCritic(nn.Identity(), Z, args.hidden, A).to(device)
     actor = SquashedActor(make_head(), Z, args.hidden, A).to(device)
     W = nn.Parameter(torch.eye(Z, device=device))
@@ -396,8 +339,8 @@ def train(args):
     key_encoder, critic_target = copy.deepcopy((encoder, critic))
     learnt = [*critic.parameters(), *encoder.parameters(), *([W] if contrastive else [])]
     optimizer = torch.optim.Adam(learnt, lr=args.learning_rate, fused=True)
-    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.learning_rate, fused=True)
-    alpha_optimizer = torch.optim.Adam([log_alpha], lr=args.temperature_rate, betas=(0.5, 0.999))
+    policy_parameters = [*actor.parameters(), log_alpha]
+    policy_optimizer = torch.optim.Adam(policy_parameters, lr=args.learning_rate, fused=True)
 
     replay, rng = FrameReplay(rounds, N, T, space, A, frames), np.random.default_rng(args.seed)
     print(f"replay: {replay.observations.nbytes:,} bytes of observations, each stored once")
@@ -410,21 +353,21 @@ def train(args):
         return u.tanh(), squashed_log_prob(u, mean, log_std)
 
     def policy(stacks):  # without noise
-        return actor(encoder.convolutions(to_input(stacks)))[0].tanh()
+        return actor(convolutions(to_input(stacks)))[0].tanh()
 
     @torch.no_grad()
     def explore(stacks):
-        return sampled(*actor(encoder.convolutions(to_input(stacks))))[0].cpu().numpy()
+        return sampled(*actor(convolutions(to_input(stacks))))[0].cpu().numpy()
 
-    log, update, recent = Log(out, rounds * N * T), 0, []  # recent: accuracies since a report
+    log, update, recent = Log(out, rounds * N * T), 0, []  # accuracies since the last report
     total_updates = (rounds * T - first_update + 1) * args.updates
     reports = {max(first_update, math.ceil(rounds * T * i / 20)) for i in range(1, 21)}
     obs, _ = env.reset(seed=args.seed * 100_000)
-    train_return = float("nan")  # mean of the last episodes
+    train_return = float("nan")  # of the last episodes
     for step in range(1, rounds * T + 1):
         # act
-        if step % T == 1 or T == 1:
-            act, episode_return = remembering(explore, frames), np.zeros(N)
+        if (step - 1) % T == 0:
+            act, episode_return = remembering(explore, frames), 0
         action = act(obs)
         if step <= first_update:
             action = rng.uniform(-1, 1, action.shape)
@@ -445,19 +388,19 @@ def train(args):
         # learn
         for _ in range(args.updates):
             update += 1
-            for group in optimizer.param_groups + actor_optimizer.param_groups:
+            for group in optimizer.param_groups + policy_optimizer.param_groups:
                 group["lr"] = args.learning_rate * (1 - (update - 1) / total_updates)
             s, a, r, s_next, terminated = replay.sample(rng, args.batch_size)
             a, terminated = to_tensor(a), to_tensor(terminated)
             r = to_tensor((r - reward_mean) / reward_sd)
             x, x_next = (to_input(shift(y) if shifted else y) for y in (s, s_next))
-            h = encoder.convolutions(x)  # (B, H)
-            z = encoder.head(h)  # (B, Z)
+            h = convolutions(x)  # (B, H)
+            z = head(h)  # (B, Z)
 
             with torch.no_grad():  # critic, eq. (4)
-                h_next = encoder.convolutions(x_next)
+                h_next = convolutions(x_next)
                 a_next, log_prob = sampled(*actor(h_next))
-                next_value = critic_target(encoder.head(h_next), a_next).amin(0)  # (B,)
+                next_value = critic_target(head(h_next), a_next).amin(0)  # (B,)
                 next_value -= log_alpha.exp() * log_prob
                 y = td_target(r, terminated, next_value, args.gamma)
             q = critic(z.detach() if args.mode == "contrastive_only" else z, a)  # (2, B)
@@ -480,15 +423,12 @@ def train(args):
             if update % 2 == 0:  # every second time, as in the paper
                 h = h.detach()  # the convolutions learn from the critic, not from the actor
                 a_new, log_prob = sampled(*actor(h))
-                q_new = critic(encoder.head(h).detach(), a_new).amin(0)
-                actor_loss = soft_actor_loss(q_new, log_prob, log_alpha.exp().detach())  # eq. (5)
-                actor_optimizer.zero_grad()
-                actor_loss.backward()
-                actor_optimizer.step()
-                alpha_loss = temperature_loss(log_alpha, log_prob, -A)  # eq. (6)
-                alpha_optimizer.zero_grad()
-                alpha_loss.backward()
-                alpha_optimizer.step()
+                q_new = critic(head(h).detach(), a_new).amin(0)
+                policy_loss = soft_actor_loss(q_new, log_prob, log_alpha.exp().detach())  # eq. (5)
+                policy_loss = policy_loss + temperature_loss(log_alpha, log_prob, -A)  # eq. (6)
+                policy_optimizer.zero_grad()
+                policy_loss.backward()
+                policy_optimizer.step()
                 polyak_(critic_target, critic, args.tau)
                 polyak_(key_encoder, encoder, args.encoder_tau)  # eq. (3)
 
@@ -516,11 +456,10 @@ def train(args):
         "eval_episodes": args.eval_episodes,
         "score": sprites_env.score(returns.mean()),
         "updates": update,
-        "training_minutes": round(log.minutes(), 2),
+        "minutes": round(log.minutes(), 2),
     }
     if contrastive:
         summary["contrastive_accuracy"] = log.rows[-1]["contrastive_accuracy"]
-        summary["contrastive_accuracy_by_chance"] = 1 / args.batch_size
     if pixels:
         stacks, states, shapes = random_stacks(make_env(PROBE_EPISODES), frames)
         codes = {"encoder": encode(encoder, to_input, stacks)}
@@ -528,9 +467,8 @@ def train(args):
         codes["pixels"] = encode(nn.Flatten(), to_input, stacks)
         r2 = {name: probe(code, states) for name, code in codes.items()}
         summary |= {"probe_r2" + f"_{name}" * (name != "encoder"): r2[name] for name in r2}
-        plot_probe(out / "probe.png", r2, args)
         plot_neighbours(out / "neighbours.png", codes, states, shapes)
-    plot_learning(out / "curve.png", log.rows, args)
+    plot_run(out / "curve.png", log.rows, r2 if pixels else {}, args)
     film = []
     evaluate(remembering(policy, frames), make_env(4, "rgb_array"), film)
     save_gif(out / "rollout.gif", film)
@@ -540,7 +478,39 @@ def train(args):
 
 # --- Appendix: probe, evaluation, pictures, run folder, log ----------------------------------
 
-PROBE_EPISODES = 180
+PROBE_EPISODES = 160  # of random actions, three quarters of them to fit, the others to test
+
+
+def remembering(policy, frames):
+    """A policy of single observations, for one episode, from one of stacks: it remembers the last
+    ones, and repeats the first where there are none yet."""
+    memory = []
+
+    def act(obs):  # (N, 1, 64, 64), or (N, D)
+        memory[:] = [*(memory or [obs] * frames), obs][-frames:]
+        return policy(np.concatenate(memory, axis=1))
+
+    return act
+
+
+def top_1_accuracy(logits):
+    """The share of queries that have their own key nearest; 1/B by chance. (B, B) -> scalar."""
+    return (logits.argmax(1) == torch.arange(len(logits), device=logits.device)).float().mean()
+
+
+def ridge_r2(x, y, x_test, y_test, penalty=1e-2):
+    """R² = 1 − Σ (y − ŷ)² / Σ (y − ȳ)² with ŷ = ȳ + k(x) (K + λ I)⁻¹ (y − ȳ), eq. (8).
+
+    x (M, D), y (M, C), x_test (L, D), y_test (L, C) -> (C,). This is the dual form: D may be all
+    pixels of a stack. K is scaled to a mean of 1 on its diagonal."""
+    centre, mean = x.mean(0), y.mean(0)
+    a, b = x - centre, x_test - centre
+    K, k = a @ a.T, b @ a.T
+    scale = K.diagonal().mean()
+    identity = torch.eye(len(a), dtype=a.dtype, device=a.device)
+    predicted = mean + k / scale @ torch.linalg.solve(K / scale + penalty * identity, y - mean)
+    error, deviation = y_test - predicted, y_test - y_test.mean(0)
+    return 1 - error.square().sum(0) / deviation.square().sum(0)
 
 
 def random_stacks(env, frames):
@@ -565,45 +535,16 @@ def encode(encoder, to_input, stacks):
 
 def probe(codes, states):
     """R² of ridge regressions (8) from codes (E, M, Z) to what the frames show, by quantity: fitted
-    on two thirds of the episodes, λ chosen on a sixth, tested on the last sixth."""
+    on the first three quarters of the episodes, tested on the others."""
     agent, target = states[..., 0, :2], states[..., 1, :2]
     quantities = {"agent": agent, "target": target, "relative_position": target - agent}
     quantities["target_velocity"] = states[..., 1, 2:]
     if states.shape[2] > 2:
         quantities["distractors"] = states[..., 2:, :2].reshape(*states.shape[:2], -1)
-    parts = np.split(np.arange(len(codes)), [len(codes) * 4 // 6, len(codes) * 5 // 6])
-    x, x_choose, x_test = (codes[part].flatten(0, 1) for part in parts)
-    r2 = {}
-    for name, y in quantities.items():
-        y, y_choose, y_test = (torch.from_numpy(y[part]).float().flatten(0, 1) for part in parts)
-        tried = []
-        for penalty in (1e-3, 1e-1, 10):
-            predicted = ridge_probe(x, y, torch.cat([x_choose, x_test]), penalty).split(len(y_test))
-            tried.append((r_squared(y_choose, predicted[0]), r_squared(y_test, predicted[1])))
-        r2[name] = max(tried)[1]
-    return r2
-
-
-def plot_probe(path, r2, args):
-    """Bars of R², by quantity and features; `r2` is a dict of dicts."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axis = figure.subplots()
-    for i, (features, by_quantity) in enumerate(r2.items()):
-        bars = axis.bar(
-            np.arange(len(by_quantity)) + 0.27 * (i - 1),
-            [max(value, 0) for value in by_quantity.values()],
-            width=0.25,
-            label=features.replace("_", " "),
-        )
-        axis.bar_label(bars, [f"{value:.2f}" for value in by_quantity.values()], fontsize=7)
-    names = [name.replace("_", "\n") for name in by_quantity]
-    axis.set_xticks(range(len(names)), names)
-    axis.set(ylabel="R² on unseen episodes", ylim=(0, 1.1))
-    axis.set_title(f"What a linear map reads off: {args.mode}, {args.distractors} distractors")
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))
+    y = torch.cat([torch.from_numpy(q).float() for q in quantities.values()], dim=-1)
+    M, widths = len(codes) * 3 // 4, [q.shape[-1] for q in quantities.values()]
+    r2 = ridge_r2(*(part.flatten(0, 1) for part in (codes[:M], y[:M], codes[M:], y[M:])))
+    return {n: r.mean().item() for n, r in zip(quantities, r2.split(widths))}
 
 
 def plot_neighbours(path, codes, states, shapes):
@@ -630,13 +571,14 @@ def plot_neighbours(path, codes, states, shapes):
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=80))
 
 
-def plot_learning(path, rows, args):
-    """Returns between those of scripted controllers; for a contrastive loss, its accuracy."""
+def plot_run(path, rows, r2, args):
+    """Returns, between those of scripted controllers; accuracy of a contrastive loss; R² by
+    features and quantity, a dict of dicts, empty without an encoder."""
     from matplotlib.figure import Figure
 
     contrastive = "contrastive_accuracy" in rows[0]
-    figure = Figure(figsize=(11 if contrastive else 6, 4), layout="constrained")
-    axis, *more = figure.subplots(1, 1 + contrastive, squeeze=False)[0]
+    figure = Figure(figsize=(15 if r2 else 6, 4), layout="constrained")
+    axis, *more = figure.subplots(1, 1 + contrastive + bool(r2), squeeze=False)[0]
     steps = [row["step"] for row in rows]
     for column, style in (("train_return", "C0:"), ("eval_return", "C0-")):
         axis.plot(steps, [row[column] for row in rows], style, label=column.replace("_", " "))
@@ -649,11 +591,15 @@ def plot_learning(path, rows, args):
     if contrastive:
         more[0].plot(steps, [row["contrastive_accuracy"] for row in rows], "C1")
         more[0].axhline(1 / args.batch_size, color="grey", lw=0.8, ls="--")
-        more[0].annotate(
-            "chance, 1/B", (steps[0], 1 / args.batch_size + 0.02), color="grey", size=8
-        )
         more[0].set(xlabel="environment steps", ylim=(0, 1.02))
-        more[0].set_ylabel("the own key is nearest (top-1 accuracy)")
+        more[0].set_title("a query finds its own key (dashed: 1/B)")
+    for i, (features, values) in enumerate(r2.items()):
+        at, label = np.arange(len(values)) + 0.27 * (i - 1), features.replace("_", " ")
+        bars = more[-1].bar(at, [max(v, 0) for v in values.values()], 0.25, label=label)
+        more[-1].bar_label(bars, [f"{v:.2f}" for v in values.values()], fontsize=7)
+        more[-1].set_xticks(range(len(values)), [n.replace("_", "\n") for n in values])
+        more[-1].set(ylim=(0, 1.3), title="R² of a linear probe, unseen episodes")
+        more[-1].legend(fontsize=8, ncols=3)
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))
 
 
