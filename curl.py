@@ -30,8 +30,8 @@ Notation
 Differs from the paper
     1. One optimiser for critic, encoder and W, on the sum of both losses; the authors' release
        steps the encoder with two. Standardised rewards keep one loss from drowning the other.
-    2. The target (4) takes codes of the encoder, as later work does, not of its slow copy, which
-       only makes keys: one pass less. The actor's update reuses the critic's convolutions.
+    2. The target (4) takes codes of the encoder, not of its slow copy, which only makes keys: one
+       pass less. The actor's update reuses the critic's pass through the convolutions.
     3. A small network, B = 64: an update takes 17 ms, not a second. Orthogonal initialisation; W
        starts as the identity. LayerNorm and tanh end the code, as in the paper's pseudocode.
     4. Zero-pad by 4 and crop 64, instead of 84 out of 100 pixels: a crop smaller than the frame
@@ -170,16 +170,6 @@ def mlp(size_in, hidden, size_out):
     """A multilayer perceptron of three layers."""
     layers = [nn.Linear(size_in, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
     return orthogonal_(nn.Sequential(*layers, nn.Linear(hidden, size_out)))
-
-
-def orthogonal_(module, gain=math.sqrt(2)):
-    """Orthogonal weights and zero biases. With PyTorch's default, the signal all but vanishes on
-    its way through six stride-2 layers, and nothing is learnt for thousands of updates."""
-    for layer in module.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            nn.init.orthogonal_(layer.weight, gain)
-            nn.init.zeros_(layer.bias)
-    return module
 
 
 # --- The algorithm: pure functions of tensors ------------------------------------------------
@@ -322,10 +312,11 @@ def train(args):
     def to_tensor(array):
         return torch.as_tensor(array, dtype=torch.float32, device=device)
 
-    low, high = to_tensor(space.low), to_tensor(space.high)
-
     def to_input(obs):  # uint8 frames to [0, 1], states to [-1, 1]
-        return to_float(obs, device) if pixels else 2 * (to_tensor(obs) - low) / (high - low) - 1
+        if pixels:
+            return to_float(obs, device)
+        low, high = to_tensor(space.low), to_tensor(space.high)
+        return 2 * (to_tensor(obs) - low) / (high - low) - 1
 
     A, Z = env.single_action_space.shape[0], args.z_dim if pixels else space.shape[0]
     make_head = (lambda: code_head(2048, Z)) if pixels else nn.Identity
@@ -404,18 +395,17 @@ def train(args):
                 next_value -= log_alpha.exp() * log_prob
                 y = td_target(r, terminated, next_value, args.gamma)
             q = critic(z.detach() if args.mode == "contrastive_only" else z, a)  # (2, B)
-            q_loss = loss = critic_loss(q, y)
-            metrics = {"critic_loss": q_loss}
+            loss = critic_loss(q, y)
+            metrics = {"critic_loss": loss}
 
             if contrastive:  # eqs. (1), (2)
                 query = z if shifted else encoder(to_input(shift(s)))
                 with torch.no_grad():
                     keys = key_encoder(to_input(shift(s)))
                 logits = bilinear_logits(query, keys, W)
-                contrastive_loss = info_nce_loss(logits)
-                loss = q_loss + contrastive_loss
+                metrics["contrastive_loss"] = info_nce_loss(logits)
+                loss = loss + metrics["contrastive_loss"]
                 recent.append(top_1_accuracy(logits))
-                metrics["contrastive_loss"] = contrastive_loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -458,17 +448,17 @@ def train(args):
         "updates": update,
         "minutes": round(log.minutes(), 2),
     }
+    r2 = {}
     if contrastive:
-        summary["contrastive_accuracy"] = log.rows[-1]["contrastive_accuracy"]
+        summary["contrastive_accuracy"] = metrics["contrastive_accuracy"].item()
     if pixels:
         stacks, states, shapes = random_stacks(make_env(PROBE_EPISODES), frames)
-        codes = {"encoder": encode(encoder, to_input, stacks)}
-        codes["random_encoder"] = encode(encoder_start, to_input, stacks)
-        codes["pixels"] = encode(nn.Flatten(), to_input, stacks)
+        seen = {"encoder": encoder, "random_encoder": encoder_start, "pixels": nn.Flatten()}
+        codes = {name: encode(module, to_input, stacks) for name, module in seen.items()}
         r2 = {name: probe(code, states) for name, code in codes.items()}
         summary |= {"probe_r2" + f"_{name}" * (name != "encoder"): r2[name] for name in r2}
         plot_neighbours(out / "neighbours.png", codes, states, shapes)
-    plot_run(out / "curve.png", log.rows, r2 if pixels else {}, args)
+    plot_run(out / "curve.png", log.rows, r2, args)
     film = []
     evaluate(remembering(policy, frames), make_env(4, "rgb_array"), film)
     save_gif(out / "rollout.gif", film)
@@ -548,7 +538,7 @@ def probe(codes, states):
 
 
 def plot_neighbours(path, codes, states, shapes):
-    """For six query frames, the nearest two of other episodes: in z, and in pixels."""
+    """For six query frames, the nearest two of other episodes, in z and in pixels."""
     from matplotlib.figure import Figure
 
     queries, M = np.linspace(0, len(states) - 1, 6).astype(int), states.shape[1]
@@ -563,11 +553,11 @@ def plot_neighbours(path, codes, states, shapes):
 
     for column, query in zip(axes.T, queries):
         show(column[0], query, M // 2, "query")
-        for first, name in ((1, "encoder"), (3, "pixels")):
+        for rows, name, label in ((column[1:3], "encoder", "z"), (column[3:], "pixels", "pixels")):
             distance = (codes[name] - codes[name][query, M // 2]).square().sum(-1)  # (E, M)
             distance[query] = float("inf")
-            for i, near in enumerate(distance.flatten().argsort()[:2].tolist()):
-                show(column[first + i], *divmod(near, M), f"near in {name.replace('encoder', 'z')}")
+            for axis, near in zip(rows, distance.flatten().argsort()[:2].tolist()):
+                show(axis, *divmod(near, M), f"near in {label}")
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=80))
 
 
@@ -601,6 +591,16 @@ def plot_run(path, rows, r2, args):
         more[-1].set(ylim=(0, 1.3), title="R² of a linear probe, unseen episodes")
         more[-1].legend(fontsize=8, ncols=3)
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))
+
+
+def orthogonal_(module, gain=math.sqrt(2)):
+    """Orthogonal weights and zero biases. With PyTorch's default, the signal all but vanishes on
+    its way through six stride-2 layers, and nothing is learnt for thousands of updates."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.orthogonal_(layer.weight, gain)
+            nn.init.zeros_(layer.bias)
+    return module
 
 
 @torch.no_grad()
