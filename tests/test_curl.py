@@ -383,9 +383,9 @@ def test_critic_target(tmp_path, monkeypatch, quick):
     assert slow[2] == pytest.approx(0.7 * slow[0] + 0.3 * trained[2], abs=1e-6)
 
 
-@pytest.mark.parametrize(("log_prob", "rises"), [(5.0, True), (-5.0, False)])
+@pytest.mark.parametrize(("log_prob", "rises"), [(3.0, True), (0.0, False)])
 def test_temperature_holds_the_entropy(tmp_path, monkeypatch, quick, log_prob, rises):
-    """The target is -2: alpha rises where the entropy is -5, and falls where it is 5."""
+    """The target is -2: alpha rises where the entropy is -3, and falls where it is 0."""
     monkeypatch.setattr(curl, "squashed_log_prob", lambda u, *_: 0 * u.sum(-1) + log_prob)
     run(tmp_path, mode="state")
     alpha = [float(row["temperature"]) for row in untimed_rows(tmp_path)]
@@ -416,10 +416,10 @@ def test_pixels_see_frames_and_the_last_ones(tmp_path, monkeypatch, quick):
         return remembering(lambda stacks: seen.append(stacks) or policy(stacks), frames)
 
     monkeypatch.setattr(curl, "remembering", watched)
-    run(tmp_path, mode="pixel", frame_stack=2, num_envs=3, total_steps=240)
+    run(tmp_path, mode="pixel", frame_stack=2, num_envs=3, total_steps=240, eval_episodes=4)
     acting = [x for x in seen if x.shape == (3, 2, 64, 64)]
     starts = [i for i, x in enumerate(acting) if np.array_equal(x[:, 0], x[:, 1])]
-    assert starts and starts[0] == 0 and all((b - a) % 40 == 0 for a, b in zip(starts, starts[1:]))
+    assert starts == [0, 40]
 
 
 def test_learns_from_states(tmp_path):
