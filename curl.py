@@ -294,7 +294,9 @@ def train(args):
     rounds = args.total_steps // (N * T)
     first_update = math.ceil(args.initial_steps / N)  # after this many steps of all environments
     if not (0 <= args.gamma < 1 and args.tau <= 1 and args.encoder_tau <= 1 and args.pad >= 0):
-        raise SystemExit("error: --gamma < 1, --tau and --encoder-tau at most 1, none below 0")
+        raise SystemExit(
+            "error: --gamma in [0, 1), --tau and --encoder-tau up to 1, --pad from 0 on"
+        )
     if rounds * T < max(1, first_update):
         least = max(N * T, args.initial_steps)
         raise SystemExit(f"error: --total-steps must be at least {least}, in rounds of {N * T}")
