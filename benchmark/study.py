@@ -4,6 +4,7 @@
     python benchmark/study.py --study single_task          pretraining on one reward alone
     python benchmark/study.py --study awac                 offline data, then online
     python benchmark/study.py --study rig                  imagined goals
+    python benchmark/study.py --study curl                 contrastive loss or augmentation?
     python benchmark/study.py --seeds 1 --distractors 0 2  a part of it
     python benchmark/study.py --dry-run --stage pretrain   its commands, one a line, for xargs -P,
     python benchmark/study.py --dry-run --stage ppo        GNU parallel or a Slurm array
@@ -43,6 +44,7 @@ KEYS = {  # table of results: the flags that tell its runs apart
     "rp_single_task": ("tasks", "distractors", "seed"),
     "awac": ("algorithm", "temperature", "seed", "total_steps"),
     "awac_narrow": ("algorithm", "mixture", "seed", "total_steps"),
+    "curl": ("mode", "distractors", "seed"),
     "rig": ("task", "goals", "goal_fractions", "seed"),
 }
 TEMPERATURE, TEMPERATURES = 0.03, (0.1, 0.3, 1, 3, 10)  # of awac.py: its default, and others
@@ -58,7 +60,9 @@ SHORT = {"distractors": "d", "seed": "s", "total_steps": "n", "temperature": "t"
 
 @dataclass(frozen=True)
 class Args:
-    study: Literal["encoders", "single_task", "awac", "rig"] = "encoders"  # which of the studies
+    study: Literal["encoders", "single_task", "awac", "curl", "rig"] = (
+        "encoders"  # which of the studies
+    )
     encoders: tuple[str, ...] = ENCODERS  # which of the seven
     distractors: tuple[int, ...] = (0, 1, 2)  # numbers of distractors
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # one run each
@@ -132,6 +136,13 @@ def plan_awac(args):
         (name, narrow, seed, 5_000) for seed in args.seeds for name in ("awac", "sac_from_buffer")
     ]
     return jobs + [Job("awac_narrow", key) for key in keys]
+
+
+def plan_curl(args):
+    """Six modes at 0 and 2 distractors."""
+    modes = ("state", "pixel", "rad", "curl", "curl_unaugmented_sac", "contrastive_only")
+    wanted = [d for d in (0, 2) if d in args.distractors]
+    return [Job("curl", (m, d, seed)) for seed in args.seeds for d in wanted for m in modes]
 
 
 def plan_rig(args):

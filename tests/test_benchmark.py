@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import awac
+import curl
 import ppo_encoder
 import rig_td3
 import rp_pretrain
@@ -38,7 +39,7 @@ def test_plan(study):
 
 
 def test_plans_of_the_other_studies(study):
-    scripts = {"single_task": rp_pretrain, "awac": awac, "rig": rig_td3}
+    scripts = {"single_task": rp_pretrain, "awac": awac, "curl": curl, "rig": rig_td3}
     plans = {name: study.plan(study.Args(study=name)) for name in scripts}
     for name, module in scripts.items():
         jobs = plans[name]
