@@ -209,8 +209,13 @@ def gather(jobs):
 
 
 def short(row):
-    """Numbers to five significant digits: small files that diff well."""
-    return {k: f"{float(v):.5g}" if "." in str(v) else str(v) for k, v in row.items()}
+    """Numbers to five significant digits: small files that diff well. What is nested becomes
+    columns: {"probe_r2": {"agent": 1}} is probe_r2_agent."""
+    flat = {}
+    for name, value in row.items():
+        nested = value.items() if isinstance(value, dict) else [(None, value)]
+        flat |= {f"{name}_{key}" if key else name: v for key, v in nested}
+    return {k: f"{float(v):.5g}" if "." in str(v) else str(v) for k, v in flat.items()}
 
 
 def run(jobs, parallel):

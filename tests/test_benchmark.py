@@ -114,3 +114,9 @@ def test_interval():
     mean, low, high = plot.interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert mean == 3 and 1.6 < low < 2.1 and 3.9 < high < 4.4
     assert plot.interval([2.0, 2.0]) == (2, 2, 2)
+
+
+def test_short_numbers(study):
+    row = {"a": 1.23456789, "b": "two", "n": 3, "r2": {"agent": 0.123456, "target": 1}}
+    expected = {"a": "1.2346", "b": "two", "n": "3", "r2_agent": "0.12346", "r2_target": "1"}
+    assert study.short(row) == expected
