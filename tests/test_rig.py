@@ -277,7 +277,7 @@ def test_relabelling_and_rewards_of_a_batch(watched):
             improved, _, differentiable = next(calls)
             assert torch.equal(improved, before) and differentiable
         paid, terminated, value, gamma, _ = watched["target"][i]
-        assert torch.equal(paid, reward) and gamma == 0.98 and value.shape == (16,)
+        assert torch.equal(paid, reward) and gamma == 0.9 and value.shape == (16,)
         assert (terminated == 0).all()  # detail 6: also at the last step of an episode
     assert any((b["t"] == 39).any() for b in watched["batches"])
     assert next(calls, None) is None
