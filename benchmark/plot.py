@@ -22,8 +22,8 @@ RESULTS = ROOT / "benchmark" / "results"
 sys.path.insert(0, str(ROOT))
 import sprites_env  # noqa: E402
 
-TEXT = ("encoder", "objective", "algorithm", "mixture", "task", "goals", "goal_fractions")
-TEXT += ("git_commit",)  # columns that hold no number
+TEXT = ("encoder", "objective", "algorithm", "mixture", "mode", "task", "goals")
+TEXT += ("goal_fractions", "git_commit")  # columns that hold no number
 # Okabe and Ito's colours, which survive colour blindness, and dashes, which survive greyscale.
 STYLES = {
     "oracle": ("#000000", "-"),
@@ -340,6 +340,88 @@ def awac_table(finals):
     return [*lines, "", f"Mean and 95 % bootstrap interval, seeds {seeds}; {steps:,} online steps."]
 
 
+CURL_STYLES = {  # letters as in the ablation's usual order
+    "state": ("#000000", "-"),
+    "pixel": ("#56B4E9", "-."),
+    "rad": ("#0072B2", "-"),
+    "curl": ("#D55E00", "-"),
+    "curl_unaugmented_sac": ("#E69F00", "--"),
+    "contrastive_only": ("#CC79A7", ":"),
+}
+PROBED = ("agent", "target", "relative_position", "target_velocity", "distractors")
+
+
+def curl_figure(rows, finals):
+    """Above: return against steps, per mode. Below: what a linear probe reads off each code."""
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    above, below = figure.subplots(2, 2)
+    for axis, bars, distractors in zip(above, below, (0, 2)):
+        for mode, (colour, dashes) in CURL_STYLES.items():
+            runs = {}
+            for row in rows:
+                if (row["mode"], row["distractors"]) == (mode, distractors):
+                    runs.setdefault(row["seed"], []).append((row["step"], row["eval_return"]))
+            if not runs:
+                continue
+            runs = np.array([sorted(run) for run in runs.values()])  # (S, M, 2)
+            x, returns = runs[0, :, 0] / 1000, runs[:, :, 1]
+            mean, low, high = interval(returns)
+            axis.plot(x, returns.T, color=colour, lw=0.5, alpha=0.35)
+            axis.plot(x, mean, dashes, color=colour, lw=1.8, label=mode)
+            axis.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+        for name, level in sprites_env.REFERENCE_RETURNS["follow"].items():
+            axis.axhline(level, color="grey", lw=0.7, ls=":", zorder=0)
+            axis.annotate(name, (0.01, level), xycoords=("axes fraction", "data"),
+                          color="grey", fontsize=8)  # fmt: skip
+        axis.set(xlabel="environment steps (thousands)", ylim=(26.5, 39.4))
+        axis.set_title(f"{distractors} distractors")
+
+        quantities = PROBED[: 5 if distractors else 4]
+        here = [row for row in finals if row["distractors"] == distractors]
+        series = {mode: ([r for r in here if r["mode"] == mode], "probe_r2", colour)
+                  for mode, (colour, _) in CURL_STYLES.items() if mode != "state"}  # fmt: skip
+        control = [r for r in here if r["mode"] == "curl"]
+        series["random encoder"] = (control, "probe_r2_random_encoder", "#BBBBBB")
+        series["raw pixels"] = (control, "probe_r2_pixels", "#777777")
+        for i, (label, (runs, column, colour)) in enumerate(series.items()):
+            if runs:
+                values = np.array([[r[f"{column}_{q}"] for q in quantities] for r in runs])
+                at = np.arange(len(quantities)) + (i - 3) * 0.12
+                bars.bar(at, values.mean(0), 0.11, color=colour, label=label)
+                for seed in values:
+                    bars.plot(at, seed, "k.", ms=2)
+        bars.axhline(0, color="grey", lw=0.7)
+        bars.set_xticks(range(len(quantities)), [q.replace("_", "\n") for q in quantities])
+        bars.set(ylim=(-0.3, 1))
+    above[0].set_ylabel("return of a 40-step episode")
+    above[0].legend(fontsize=8, loc="lower right")
+    below[0].set_ylabel("held-out R² of a ridge probe")
+    below[1].legend(fontsize=8, ncols=2)
+    figure.savefig(RESULTS / "curl.png", dpi=80)
+
+
+def curl_table(finals):
+    """Returns of each mode: mean over seeds and its interval."""
+    lines = ["| | mode | 0 distractors | 2 distractors | top-1 at 0, 2 | minutes |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for letter, mode in zip("abcdef", CURL_STYLES):
+        cells, accuracies, minutes = [], [], []
+        for distractors in (0, 2):
+            runs = [r for r in finals if (r["mode"], r["distractors"]) == (mode, distractors)]
+            if not runs:
+                cells.append("-")
+                continue
+            mean, low, high = interval([r["eval_return_mean"] for r in runs])
+            cells.append(f"{mean:.2f} [{low:.2f}, {high:.2f}] (n={len(runs)})")
+            accuracies.append(np.mean([r["contrastive_accuracy"] for r in runs]))
+            minutes += [r["minutes"] for r in runs]
+        if minutes:
+            cells.append(", ".join(f"{a:.2f}" for a in accuracies if not np.isnan(a)))
+            cells.append(f"{np.median(minutes):.1f}")
+            lines.append(f"| {letter} | `{mode}` | " + " | ".join(cells) + " |")
+    return lines
+
+
 RIG_STYLES = {  # (goals, goal fractions): label, colour, dashes
     ("oracle", "0.2 0.4 0.4"): ("true positions", "#000000", "-"),
     ("latent", "0.2 0.4 0.4"): ("latent, mixed relabelling", "#D55E00", "-"),
@@ -505,6 +587,10 @@ def main():
         runs = read("awac_final.csv")
         awac_figure(read("awac.csv"), runs)
         tables["awac"] = awac_table(runs)
+    if (RESULTS / "curl_final.csv").exists():
+        runs = read("curl_final.csv")
+        curl_figure(read("curl.csv"), runs)
+        tables["contrastive learning"] = curl_table(runs)
     if (RESULTS / "rig_final.csv").exists():
         runs = read("rig_final.csv")
         rig_figure(read("rig.csv"), runs)
