@@ -146,15 +146,15 @@ def plan_curl(args):
 
 
 def plan_rig(args):
-    """Imagined goals beside true positions, on both tasks (three seeds of push); then what else
-    could be tried on reach: the distance between pixels, and other ways to relabel."""
+    """Imagined goals on both tasks; on reach, for three seeds, what else could be tried: true
+    positions, the distance between pixels, other ways to relabel; true positions on push."""
+    some = args.seeds[:3]
     keys = [("reach", "latent", "mix", seed) for seed in args.seeds]
-    keys += [("push", "latent", "mix", seed) for seed in args.seeds[:3]]
-    keys += [("reach", "oracle", "mix", seed) for seed in args.seeds]
-    keys += [("push", "oracle", "mix", seed) for seed in args.seeds[:3]]
-    for seed in args.seeds:
+    keys += [("push", "latent", "mix", seed) for seed in some]
+    for seed in some:
         keys += [("reach", "latent", how, seed) for how in ("none", "prior", "future")]
-        keys.append(("reach", "pixel", "mix", seed))
+        keys += [("reach", goals, "mix", seed) for goals in ("pixel", "oracle")]
+    keys += [("push", "oracle", "mix", seed) for seed in some]
     return [Job("rig", (task, goals, RELABEL[how], seed)) for task, goals, how, seed in keys]
 
 
