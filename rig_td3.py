@@ -29,16 +29,16 @@ Differs from the paper
     1. β in (1) falls from 20 to 1 while the VAE trains; it multiplies a *sum* over z, beside a
        *sum* over 4,096 pixels. Much noise at first lets z unfold: places that are close in the
        image come to be close in z. With β = 1 from the start z is often folded.
-    2. The decoder draws 4 x 4 pixels at a time, from z and their place in the frame: it learns in
-       hundreds of updates.
-    3. Other sprites are at rest. What moves by itself would rule the distance in z, and no goal
-       image with it could be reached.
-    4. Two hidden layers of 128 units, batches of 256, 20,000 steps (push 60,000), one update a
-       step, instead of 400-300, 128, half a million and four. γ = 0.9, not 0.99, where going
-       straight is best; 0.98 in push, where the way around the square pays only later.
-    5. When the VAE is fine-tuned, practised goals are carried over: the old decoder draws them, the
+    2. The decoder draws 4 x 4 pixels at a time, from z and their place: quick to learn.
+    3. Other sprites are at rest: what moves by itself would rule the distance in z. Still, of an
+       imagined goal the agent can only reach its own part; in reach the square stays where it is.
+    4. Smaller and shorter than the authors' code: two layers of 128 units, 20,000 steps (push
+       60,000), one update a step; theirs has 400-300, half a million, four.
+    5. γ = 0.9 in reach, where going straight is best; 0.98 in push, where the way around pays late.
+    6. When the VAE is fine-tuned, practised goals are carried over: the old decoder draws them, the
        new encoder reads them. Everything else in the buffer is encoded again.
-    6. Gaussian exploration noise instead of Ornstein-Uhlenbeck's; 1,000 random steps first.
+    7. Gaussian exploration noise, not Ornstein-Uhlenbeck's; the first 800 steps are random.
+    8. --goals pixel pays −0.2 ‖s' − p(z_g)‖, also where the true image of the goal is known.
 
 Run
     python rig_td3.py
@@ -47,22 +47,20 @@ Run
 
 Writes
     to runs/rig_td3/<task>_<goals>_d<distractors>_s<seed>/: args.json, curve.csv, curve.png,
-    reached.png (goal beside what was reached), rollout.gif (the goal as a ghost), of a VAE
-    imagined_goals.png and latent_walk.png, checkpoint.pt, and summary.json with
-    `final_agent_distance`, `final_block_distance` (frame widths, means over held-out episodes that
-    are shown a goal image), `untouched_agent_distance`, `untouched_block_distance` (doing nothing),
-    `success_rate` (what counts - the agent in reach, the square in push - ends within 0.05),
-    `probe_r2_agent`, `probe_r2_square` and the smaller of the two, `probe_r2` (linear map from z to
-    positions, on held-out images), `eval_episodes`, `vae_minutes`, `minutes`.
+    reached.png, rollout.gif (the goal as a ghost), imagined_goals.png, latent_walk.png,
+    checkpoint.pt (at every report) and summary.json with `final_agent_distance`,
+    `final_block_distance` (frame widths, means over `eval_episodes` unseen goals),
+    `untouched_agent_distance`, `untouched_block_distance` (doing nothing), `success_rate` (agent in
+    reach, square in push within 0.05), `probe_r2_agent`, `probe_r2_square`, the smaller `probe_r2`
+    (linear map from z to positions, on new images), `vae_minutes`, `minutes`. No VAE in oracle.
 
 Result
-    TODO
+    RESULT
 
 Try
     1. --beta-start 1: look at latent_walk.png and at the probe. What is a folded latent space?
-    2. --goal-fractions 1 0 0: no relabelling. Which goals are then never learnt from?
-    3. --distractors 1: the other sprites are elsewhere in every episode, so imagined goals are
-       impossible. What does the agent do about it?
+    2. --gamma 0, for reach and for push: which of them needs foresight?
+    3. --distractors 2: more that the agent cannot move, elsewhere in every imagined goal.
 """
 
 import copy
@@ -90,12 +88,17 @@ from torch import nn
 import sprites_env
 from sprites_env import AGENT, TARGET
 
+Goals = Literal[
+    "latent",  # z of the VAE, paid by the distance in z
+    "oracle",  # true positions as z, no images at all
+    "pixel",  # z of the VAE, paid by the distance of the next image from the decoded goal
+]
+
 
 @dataclass(frozen=True)
 class Args:
     task: Literal["reach", "push"] = "reach"  # move yourself, or push the square
-    goals: Literal["latent", "oracle", "pixel"] = "latent"  # z of the VAE, true positions as z, or
-    # z of the VAE but paid by the distance between pixels: of the next image and the decoded goal
+    goals: Goals = "latent"  # what the agent sees of image and goal, and how it is paid
     goal_fractions: tuple[float, float, float] = (0.2, 0.4, 0.4)  # practised, prior, future
     distractors: Literal[0, 1, 2] = 0  # more sprites at rest
     z_dim: int = 8  # Z, size of the latent space; what is not needed falls asleep
@@ -109,7 +112,7 @@ class Args:
     total_steps: int | None = None  # of the environment (default: 20,000 reach, 60,000 push)
     num_envs: int = 10  # episodes of a round, after which come as many updates as it had steps
     noise: float = 0.2  # standard deviation of the exploration noise, in actions
-    batch_size: int = 256  # images or transitions per update, B
+    batch_size: int = 256  # transitions per update of TD3, B
     learning_rate: float = 1e-3  # of Adam, for actor and critic
     gamma: float | None = None  # discount factor (default: 0.9 reach, 0.98 push)
     tau: float = 0.01  # how fast the target networks follow
@@ -282,9 +285,10 @@ def train(args):
     log = Log(out, rounds * N * T)
 
     # see: images of random scenes, and a VAE of them
-    scenes = make_env(100)
-    scenes.reset(seed=args.seed * 100_000)
-    images, positions = collect_images(scenes, args.images, rng)  # positions only for measures
+    images, positions = collect_images(make_env(100), args.images, rng, args.seed * 100_000)
+    new_images, new_positions = collect_images(  # for the probe, never trained on
+        make_env(100), 2000, np.random.default_rng(0), 10**9 + 50_000
+    )
     moved = 2 if args.task == "push" else 1  # objects that a goal is about
     Z = 2 * moved if oracle else args.z_dim
     encoder, decoder = Encoder(2 * Z).to(device), BroadcastDecoder(Z).to(device)
@@ -296,7 +300,7 @@ def train(args):
     def to_tensor(array):
         return torch.as_tensor(array, dtype=torch.float32, device=device)
 
-    spread = to_tensor(positions[:, :moved].std(0).ravel())
+    spread = to_tensor(positions[:, : 2 * moved].std(0))
 
     def encode(obs):
         """z = μ(s), without noise: how the agent sees. (..., *observation) -> (..., Z)."""
@@ -308,39 +312,38 @@ def train(args):
             z = torch.cat([encoder(to_float(chunk, device))[:, :Z] for chunk in chunks])
         return z.reshape(*obs.shape[:-3], Z)
 
-    def train_vae(sample, updates, beta):  # sample() -> uint8 (B, 1, 64, 64); beta(fraction)
+    def train_vae(sample, updates, beta_start):  # sample() -> uint8 (128, 1, 64, 64)
         for update in range(updates):
+            f = update / updates  # β goes from its start to its end in equal ratios
+            beta = beta_start ** (1 - f) * args.beta**f
             frames = to_float(sample(), device)
             mean, log_var = encoder(frames).chunk(2, dim=-1)
             z = mean + (0.5 * log_var).exp() * torch.randn_like(mean)
-            loss = vae_loss(decoder(z), frames, mean, log_var, beta(update / updates))
+            loss = vae_loss(decoder(z), frames, mean, log_var, beta)
             vae_optimizer.zero_grad()
             loss.backward()
             vae_optimizer.step()
             if update % 250 == 249:
                 print(f"VAE {update + 1}/{updates}  loss {loss.item():.1f}", flush=True)
-        return loss.item()
 
     def some_images():
         return images[rng.integers(len(images), size=128)]
 
-    if not oracle:  # β from its start to its end in equal ratios
-        train_vae(
-            some_images, args.vae_updates, lambda f: args.beta_start ** (1 - f) * args.beta**f
-        )
+    if not oracle:
+        train_vae(some_images, args.vae_updates, args.beta_start)
     vae_minutes = log.minutes()
 
     # imagine: the prior of goals
-    def look():
+    def fit():
         """The prior's mean and standard deviation, and the probe's R² of agent and square."""
-        z = encode(images)
-        return *fit_prior(z), linear_probe(z.cpu(), torch.as_tensor(positions).flatten(1))
+        z, z_new = encode(images), encode(new_images)
+        return *fit_prior(z), linear_probe(z.cpu(), positions, z_new.cpu(), new_positions)
 
     def imagine(count):
         return mean + sd * torch.randn(count, Z, device=device)
 
-    mean, sd, r2 = look()
-    print("held-out linear probe of z: R² {:.3f} (agent), {:.3f} (square)".format(*r2))
+    mean, sd, r2 = fit()
+    print("linear probe of z, new images: R² {:.3f} (agent), {:.3f} (square)".format(*r2))
     if min(r2[:moved]) < 0.95:
         print("warning: z does not tell places well, so goals will be missed: train the VAE longer")
 
@@ -353,9 +356,9 @@ def train(args):
     actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.learning_rate, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.learning_rate, fused=True)
     replay = EpisodeReplay(rounds * N, T, env.single_observation_space, action_dim, Z)
-    tests = make_env(args.eval_episodes, horizon=T + 1)  # its last state stays to be looked at
-    start, goal, shapes = draw_goals(tests, seed=10**9)
-    goal_images, _ = tests.reset(options={"state": goal, "shapes": shapes})
+    eval_env = make_env(args.eval_episodes, horizon=T + 1)  # its last state stays to be looked at
+    start, goal, shapes = draw_goals(eval_env, seed=10**9)
+    goal_images, _ = eval_env.reset(options={"state": goal, "shapes": shapes})
 
     def pursue(obs, goals):
         """π(z, z_g) of observations (N, ...) and goals (N, Z), as an array (N, A)."""
@@ -370,11 +373,12 @@ def train(args):
         for _ in range(T):
             action = pursue(obs, goals)
             action = (action + args.noise * rng.standard_normal(action.shape)).clip(-1, 1)
-            if episodes * T <= 1000:
+            if (episodes - N) * T < 500:  # random actions first
                 action = rng.uniform(-1, 1, action.shape)
             obs, _, terminated, truncated, info = env.step(action)
             ended = terminated | truncated
-            observations.append(info["final_obs"] if ended.any() else obs)  # in lockstep: all end
+            assert ended.all() == ended.any()  # in lockstep
+            observations.append(info["final_obs"] if ended.any() else obs)
             actions.append(action)
             ends.append(terminated)
         observations, actions, ends = (np.stack(x, 1) for x in (observations, actions, ends))
@@ -423,14 +427,14 @@ def train(args):
                 e, t = rng.integers(replay.size, size=64), rng.integers(T + 1, size=64)
                 return np.concatenate([some_images()[:64], replay.observations[e, t]])
 
-            train_vae(old_and_new, args.finetune_updates, lambda _: args.beta)
+            train_vae(old_and_new, args.finetune_updates, args.beta)
             replay.z[: replay.size] = encode(replay.observations[: replay.size]).cpu()
             replay.goals[: replay.size] = encode(drawn.mul(255).byte()).cpu()
-            mean, sd, r2 = look()
+            mean, sd, r2 = fit()
 
         # report
         if episodes * T % 2000 < N * T or episodes == rounds * N:
-            path = reach(pursue, tests, start, encode(goal_images), T)
+            path = reach(pursue, eval_env, start, shapes, encode(goal_images), T)
             distance = np.linalg.norm(path[-1] - goal[..., :2], axis=-1)[:, :2]  # (N, 2)
             final = {
                 "final_agent_distance": distance[:, AGENT].mean(),
@@ -446,9 +450,11 @@ def train(args):
             write_whole(out / "checkpoint.pt", lambda t, saved=saved: torch.save(saved, t))
 
     untouched = np.linalg.norm(start[..., :2] - goal[..., :2], axis=-1).mean(0)
-    summary = final | {"eval_episodes": args.eval_episodes}
-    summary |= {"untouched_agent_distance": untouched[AGENT]}
-    summary |= {"untouched_block_distance": untouched[TARGET]}
+    summary = final | {
+        "eval_episodes": args.eval_episodes,
+        "untouched_agent_distance": untouched[AGENT],
+        "untouched_block_distance": untouched[TARGET],
+    }
     if not oracle:
         summary |= {"probe_r2": min(r2), "vae_minutes": round(vae_minutes, 2)}
         plot_imagination(out, decoder, mean, sd)
@@ -462,18 +468,19 @@ def train(args):
 # --- Appendix: images, measures, shared networks, pictures, run folder, log ----------------------
 
 
-def collect_images(env, count, rng):
+def collect_images(env, count, rng, seed):
     """What the exploration policy sees: random actions in a new scene every five frames.
 
-    Returns observations (M, ...) and the positions (M, 2, 2) of agent and square."""
+    Returns observations (M, ...) and, to measure with, the positions (M, 4) of agent and square."""
+    env.reset(seed=seed)
     observations, positions = [], []
     while len(observations) * env.num_envs < count:
         if len(observations) % 5 == 0:
             obs, _ = env.reset()
         else:
-            obs, *_ = env.step(rng.uniform(-1, 1, (env.num_envs, 2)))
+            obs, *_ = env.step(rng.uniform(-1, 1, env.action_space.shape))
         observations.append(obs)
-        positions.append(env.states[:, :2, :2])
+        positions.append(env.states[:, :2, :2].reshape(-1, 4))
     return np.concatenate(observations)[:count], np.concatenate(positions)[:count]
 
 
@@ -488,21 +495,20 @@ def draw_goals(env, seed):
     return start, goal, shapes
 
 
-def linear_probe(z, positions):
-    """Held-out R² of a linear map from z (M, Z) to the coordinates (M, 4) of agent and square:
-    two numbers, each a mean over x and y. The last fifth is held out."""
-    inputs = torch.cat([z.double(), torch.ones(len(z), 1)], dim=1)
-    train = len(z) * 4 // 5
-    weights = torch.linalg.lstsq(inputs[:train], positions[:train], driver="gelsd").solution
-    error = (inputs[train:] @ weights - positions[train:]).square().mean(0)
-    r2 = 1 - error / positions[train:].var(0, unbiased=False)
+def linear_probe(z, positions, z_new, new_positions):
+    """R² on new images of a linear map from z (M, Z) to the positions (M, 4) of agent and square:
+    two numbers, each a mean over x and y."""
+    inputs, new = (torch.cat([x.double(), torch.ones(len(x), 1)], 1) for x in (z, z_new))
+    y, y_new = torch.as_tensor(positions), torch.as_tensor(new_positions)
+    error = new @ torch.linalg.lstsq(inputs, y, driver="gelsd").solution - y_new
+    r2 = 1 - error.square().mean(0) / y_new.var(0, unbiased=False)
     return r2.unflatten(0, (2, 2)).mean(1).tolist()
 
 
-def reach(policy, env, start, goals, steps):
+def reach(policy, env, start, shapes, goals, steps):
     """Positions (steps + 1, N, K, 2) on the way from the states `start` (N, K, 4) to `goals`
     (N, Z), without noise. `policy` maps observations and goals to actions."""
-    obs, _ = env.reset(options={"state": start, "shapes": env.shapes})
+    obs, _ = env.reset(options={"state": start, "shapes": shapes})
     path = [start[..., :2]]
     for _ in range(steps):
         obs, *_ = env.step(policy(obs, goals))
@@ -522,10 +528,8 @@ def plot_reached(out, start, goal, path, shapes):
     rows = (start[:8, :, :2], goal[:8, :, :2], path[-1][:8])
     frames = [[sprites_env.draw_rgb(x, k) for x, k in zip(row, shapes)] for row in rows]
     plot_images(out / "reached.png", frames, ("start", "goal", "reached"))
-    save_gif(
-        out / "rollout.gif",
-        [[with_ghost(*three) for three in zip(x[:4], goal[:4, :, :2], shapes)] for x in path],
-    )
+    film = [[with_ghost(*three) for three in zip(x[:4], goal[:4, :, :2], shapes)] for x in path]
+    save_gif(out / "rollout.gif", film)
 
 
 @torch.no_grad()
