@@ -88,17 +88,11 @@ from torch import nn
 import sprites_env
 from sprites_env import AGENT, TARGET
 
-Goals = Literal[
-    "latent",  # z of the VAE, paid by the distance in z
-    "oracle",  # true positions as z, no images at all
-    "pixel",  # z of the VAE, paid by the distance of the next image from the decoded goal
-]
-
 
 @dataclass(frozen=True)
 class Args:
     task: Literal["reach", "push"] = "reach"  # move yourself, or push the square
-    goals: Goals = "latent"  # what the agent sees of image and goal, and how it is paid
+    goals: Literal["latent", "oracle", "pixel"] = "latent"  # z; true positions; z, paid by pixels
     goal_fractions: tuple[float, float, float] = (0.2, 0.4, 0.4)  # practised, prior, future
     distractors: Literal[0, 1, 2] = 0  # more sprites at rest
     z_dim: int = 8  # Z, size of the latent space; what is not needed falls asleep
@@ -275,10 +269,8 @@ def train(args):
     if not (0 <= gamma < 1 and args.tau <= 1 and args.noise >= 0):
         raise SystemExit("error: --gamma in [0, 1), --tau in (0, 1] and --noise 0 or more, please")
     if rounds < 1 or args.images < 10 or min(args.finetune_every, args.finetune_updates) < 0:
-        raise SystemExit(
-            f"error: --total-steps must be at least {N * T} (a round of episodes), --images must be"
-            " at least 10, --finetune-every and --finetune-updates 0 or more"
-        )
+        least = f"--total-steps must be at least {N * T}, --images at least 10"
+        raise SystemExit(f"error: {least}, --finetune-every and --finetune-updates 0 or more")
     device = prepare(args)
     out = open_run(args, f"{args.task}_{args.goals}_d{args.distractors}_s{args.seed}", device)
     rng = np.random.default_rng(args.seed)
@@ -337,7 +329,7 @@ def train(args):
     def fit():
         """The prior's mean and standard deviation, and the probe's R² of agent and square."""
         z, z_new = encode(images), encode(new_images)
-        return *fit_prior(z), linear_probe(z.cpu(), positions, z_new.cpu(), new_positions)
+        return *fit_prior(z), position_probe(z.cpu(), positions, z_new.cpu(), new_positions)
 
     def imagine(count):
         return mean + sd * torch.randn(count, Z, device=device)
@@ -495,7 +487,7 @@ def draw_goals(env, seed):
     return start, goal, shapes
 
 
-def linear_probe(z, positions, z_new, new_positions):
+def position_probe(z, positions, z_new, new_positions):
     """R² on new images of a linear map from z (M, Z) to the positions (M, 4) of agent and square:
     two numbers, each a mean over x and y."""
     inputs, new = (torch.cat([x.double(), torch.ones(len(x), 1)], 1) for x in (z, z_new))
@@ -516,19 +508,18 @@ def reach(policy, env, start, shapes, goals, steps):
     return np.stack(path)
 
 
-def with_ghost(positions, goal, shapes):
-    """A frame for people, with the goal shining through. (K, 2), (K, 2), (K,) -> uint8 image."""
-    frame, ghost = sprites_env.draw_rgb(positions, shapes), sprites_env.draw_rgb(goal, shapes)
-    empty = (frame == 255).all(-1, keepdims=True)
-    return np.where(empty, 0.65 * 255 + 0.35 * ghost, frame).astype(np.uint8)
-
-
 def plot_reached(out, start, goal, path, shapes):
-    """reached.png, eight episodes: start, goal, reached; rollout.gif: how four of them went."""
-    rows = (start[:8, :, :2], goal[:8, :, :2], path[-1][:8])
-    frames = [[sprites_env.draw_rgb(x, k) for x, k in zip(row, shapes)] for row in rows]
-    plot_images(out / "reached.png", frames, ("start", "goal", "reached"))
-    film = [[with_ghost(*three) for three in zip(x[:4], goal[:4, :, :2], shapes)] for x in path]
+    """reached.png, eight episodes: start, goal, reached; rollout.gif: how four of them went, the
+    goal shining through."""
+
+    def draw(states, count):  # uint8 (count, height, width, 3)
+        pairs = zip(states[:count, :, :2], shapes)
+        return np.stack([sprites_env.draw_rgb(*pair) for pair in pairs])
+
+    rows = [draw(states, 8) for states in (start, goal, path[-1])]
+    plot_images(out / "reached.png", rows, ("start", "goal", "reached"))
+    ghost, frames = 0.65 * 255 + 0.35 * draw(goal, 4), [draw(states, 4) for states in path]
+    film = [np.where((x == 255).all(-1, keepdims=True), ghost, x).astype(np.uint8) for x in frames]
     save_gif(out / "rollout.gif", film)
 
 
@@ -551,8 +542,10 @@ def plot_images(path, rows, labels):
 
     figure = Figure(figsize=(len(rows[0]), len(rows)), layout="constrained")
     for axis, images, label in zip(figure.subplots(len(rows), 1), rows, labels):
-        edge = ((1, 1), (1, 1), (0, 0))[: np.ndim(images[0])]
-        row = np.concatenate([np.pad(i, edge, constant_values=np.max(i)) for i in images], axis=1)
+        w = len(images[0]) // 64  # of grey frames
+        edge = ((w, w), (w, w), (0, 0))[: np.ndim(images[0])]
+        framed = [np.pad(image, edge, constant_values=image.max() / 2) for image in images]
+        row = np.concatenate(framed, axis=1)
         axis.imshow(row, cmap="gray", vmin=0, vmax=1)
         axis.set(xticks=[], yticks=[], ylabel=label)
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))

@@ -13,6 +13,7 @@ import sprites_env
 
 TINY = {"total_steps": 160, "num_envs": 2, "initial_steps": 100, "updates": 1, "batch_size": 8}
 TINY |= {"hidden": 8, "z_dim": 8, "eval_episodes": 3, "torch_threads": 1}
+TINY |= {"device": "cpu"}
 MODES = curl.Mode.__args__
 
 
@@ -217,7 +218,7 @@ def test_probe_reads_states_off_states():
     r2 = curl.probe(torch.from_numpy(states.reshape(40, 10, 12)).float(), states)
     assert r2.keys() == {"agent", "target", "relative_position", "target_velocity", "distractors"}
     assert min(r2[n] for n in r2 if n != "target_velocity") > 0.95  # velocities are small: shrunk
-    noise = torch.randn(40, 10, 12, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(40, 10, 300, generator=torch.Generator().manual_seed(0))
     assert max(curl.probe(noise, states).values()) < 0.1
 
 
@@ -270,6 +271,8 @@ def test_what_is_shifted(tmp_path, monkeypatch, quick):
     for axis in (0, 1):
         assert set(offsets[:, axis].ravel()) == set(range(9))
     assert np.abs(np.corrcoef(offsets.transpose(1, 2, 0).reshape(16, 93)) - np.eye(16)).max() < 0.5
+    for i, j in ((0, 1), (0, 2), (1, 2)):  # frame, next frame, key
+        assert not any(np.array_equal(a, b) for a, b in zip(offsets[i::3], offsets[j::3]))
     stacks = [stacks for stacks, *_ in calls[:3]]
     assert np.array_equal(stacks[0], stacks[2]) and not np.array_equal(stacks[0], stacks[1])
 
@@ -324,6 +327,9 @@ ALL_LOSSES = ["critic_loss", "info_nce_loss", "soft_actor_loss"]
         ("curl", "critic_loss", {"convolutions", "head", "critic"}),
         ("curl", "info_nce_loss", {"convolutions", "head"}),
         ("rad", "critic_loss", {"convolutions", "head", "critic"}),
+        ("pixel", "critic_loss", {"convolutions", "head", "critic"}),
+        ("curl_unaugmented_sac", "critic_loss", {"convolutions", "head", "critic"}),
+        ("contrastive_only", "soft_actor_loss", {"actor_head", "actor"}),
         ("rad", "info_nce_loss", set()),
         ("curl_unaugmented_sac", "info_nce_loss", {"convolutions", "head"}),
         ("contrastive_only", "critic_loss", {"critic"}),
@@ -416,10 +422,32 @@ def test_pixels_see_frames_and_the_last_ones(tmp_path, monkeypatch, quick):
         return remembering(lambda stacks: seen.append(stacks) or policy(stacks), frames)
 
     monkeypatch.setattr(curl, "remembering", watched)
-    run(tmp_path, mode="pixel", frame_stack=2, num_envs=3, total_steps=240, eval_episodes=4)
+    run(tmp_path, mode="pixel", frame_stack=2, num_envs=3, total_steps=240, eval_episodes=5)
     acting = [x for x in seen if x.shape == (3, 2, 64, 64)]
     starts = [i for i, x in enumerate(acting) if np.array_equal(x[:, 0], x[:, 1])]
     assert starts == [0, 40]
+    evaluating = [x for x in seen if x.shape == (5, 2, 64, 64)]
+    starts = [i for i, x in enumerate(evaluating) if np.array_equal(x[:, 0], x[:, 1])]
+    assert len(evaluating) > 40 and starts == list(range(0, len(evaluating), 40))
+
+
+def test_evaluation_does_not_disturb_training(tmp_path, quick):
+    run(tmp_path / "a", mode="rad", eval_episodes=3)
+    run(tmp_path / "b", mode="rad", eval_episodes=5)
+    a, b = (torch.load(tmp_path / x / "checkpoint.pt", weights_only=True) for x in "ab")
+    assert all(torch.equal(a["actor"][name], b["actor"][name]) for name in a["actor"])
+
+
+def test_the_contrastive_loss_learns_from_pixels(tmp_path, quick):
+    """Seconds: four hundred updates, and a query finds its key among 32; 1/32 is chance."""
+    args = {"total_steps": 2000, "num_envs": 25, "batch_size": 32, "updates": 10, "z_dim": 50}
+    summary = run(tmp_path, mode="contrastive_only", learning_rate=1e-3, **args)
+    assert summary["contrastive_accuracy"] > 0.5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_runs_on_cuda(tmp_path):
+    assert run(tmp_path, device="cuda")["eval_episodes"] == 3
 
 
 def test_learns_from_states(tmp_path):
@@ -431,9 +459,10 @@ def test_learns_from_states(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"total_steps": 79}, "--total-steps must be at least 100, in rounds of 80"),
+        ({"total_steps": 79}, "--total-steps must be at least 160, in rounds of 80"),
         ({"total_steps": 79, "initial_steps": 10}, "--total-steps must be at least 80"),
-        ({"initial_steps": 170}, "--total-steps must be at least 170"),
+        ({"initial_steps": 170}, "--total-steps must be at least 240"),
+        ({"frame_stack": 40}, "--frame-stack must be less than the 40"),
         ({"batch_size": 1}, "--batch-size"),
         ({"batch_size": 0, "mode": "rad"}, "--batch-size must be positive"),
         ({"gamma": 1.0}, "--gamma"),

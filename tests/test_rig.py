@@ -155,7 +155,7 @@ def test_probe():
         torch.cat([x @ weights + 1, torch.randn(len(x), 2)], 1)
         for x in (z.double(), z_new.double())
     )
-    r2 = rig_td3.linear_probe(z, y, z_new, y_new)
+    r2 = rig_td3.position_probe(z, y, z_new, y_new)
     assert r2[0] == pytest.approx(1) and r2[1] < 0.1
 
 
@@ -351,7 +351,7 @@ def test_the_agent_pursues_the_goals_that_it_stores(watched):
     assert seen["td_target"][0][0][3] == 0.98  # push looks further ahead
     acted = [call for call in seen["actor"] if len(call[0][1]) == 2]
     assert len(seen["add"]) == 10 and len(acted) == 400
-    for k, ((_, observations, actions, ends, goals, last_z), *_) in enumerate(seen["add"]):
+    for k, ((_, observations, actions, ends, goals, _), *_) in enumerate(seen["add"]):
         assert observations.shape == (2, 41, 8) and actions.shape == (2, 40, 2) and not ends.any()
         states = observations[:, :-1].reshape(-1, 2, 4).astype(float)
         after = sprites_env.act(states, actions.reshape(-1, 2), "push").reshape(2, 40, 8)
@@ -362,6 +362,7 @@ def test_the_agent_pursues_the_goals_that_it_stores(watched):
         assert np.allclose(chosen, actions, atol=1e-6) == (k >= 7)  # 7 rounds: 560 steps
         if k < 7:
             assert 0.5 < actions.std() < 0.65 and abs(actions.mean()) < 0.15
+    last_z = seen["add"][-1][0][-1]
     spread = (last_z[0, 1:, 0] - last_z[0, :-1, 0]) / torch.as_tensor(
         np.diff(observations[0, :, 0])
     )
@@ -402,7 +403,7 @@ def test_vae_learns_where_things_are(tmp_path):
         ({"finetune_every": -1}, "--finetune-every"),
         ({"gamma": 1.0}, "--gamma"),
         ({"beta": 0.0}, "--beta must be positive"),
-        ({"images": 4}, "--images must be at least 10"),
+        ({"images": 4}, "--images at least 10"),
         ({"seed": -1}, "--seed"),
     ],
     ids=lambda x: str(x) if isinstance(x, str) else "_".join(map(str, x)),
