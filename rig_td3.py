@@ -29,7 +29,8 @@ Differs from the paper
     1. β in (1) falls from 20 to 1 while the VAE trains; it multiplies a *sum* over z, beside a
        *sum* over 4,096 pixels. Much noise at first lets z unfold: places that are close in the
        image come to be close in z. With β = 1 from the start z is often folded.
-    2. The decoder draws 4 x 4 pixels at a time, from z and their place: quick to learn.
+    2. The decoder draws 4 x 4 pixels at a time, from z and their place: quick to learn. The encoder
+       keeps a grid of places up to its last, linear layer.
     3. Other sprites are at rest: what moves by itself would rule the distance in z. Still, of an
        imagined goal the agent can only reach its own part; in reach the square stays where it is.
     4. Smaller and shorter than the authors' code: two layers of 128 units, 20,000 steps (push
@@ -119,6 +120,22 @@ class Args:
 
 
 # --- Networks (those that other scripts have too are in the appendix) ------------------------
+
+
+class GridEncoder(nn.Module):
+    """Three convolutions, 64 x 64 -> 8 x 8 pixels, and a linear map, to which the place of a sprite
+    is still plain: convolving down to one pixel folds it, and often z as well."""
+
+    def __init__(self, size_out):
+        super().__init__()
+        self.convolutions = strided_convolutions((1, 8, 16, 32))
+        self.head = nn.Linear(32 * 8 * 8, size_out)
+        orthogonal_(self).to(memory_format=torch.channels_last)  # same numbers, faster
+        with torch.no_grad():  # start with z all noise: what it comes to mean unfolds from there
+            self.head.weight.mul_(0.05)
+
+    def forward(self, frames):  # float (B, 1, 64, 64) in [0, 1] -> (B, 2 Z): μ and log σ²
+        return self.head(self.convolutions(frames).flatten(1))
 
 
 class BroadcastDecoder(nn.Module):
@@ -277,15 +294,13 @@ def train(args):
     log = Log(out, rounds * N * T)
 
     # see: images of random scenes, and a VAE of them
-    images, positions = collect_images(make_env(100), args.images, rng, args.seed * 100_000)
-    new_images, new_positions = collect_images(  # for the probe, never trained on
-        make_env(100), 2000, np.random.default_rng(0), 10**9 + 50_000
-    )
+    scenes, new_scenes = make_env(100, horizon=5), make_env(100, horizon=5)
+    images, positions = collect_images(scenes, args.images, rng, seed=args.seed * 100_000)
+    new_rng, new_seed = np.random.default_rng(0), 10**9 + 50_000  # for the probe, never trained on
+    new_images, new_positions = collect_images(new_scenes, 2000, new_rng, new_seed)
     moved = 2 if args.task == "push" else 1  # objects that a goal is about
     Z = 2 * moved if oracle else args.z_dim
-    encoder, decoder = Encoder(2 * Z).to(device), BroadcastDecoder(Z).to(device)
-    with torch.no_grad():  # start with z all noise: what it comes to mean unfolds from there
-        encoder.to_z.weight.mul_(0.05)
+    encoder, decoder = GridEncoder(2 * Z).to(device), BroadcastDecoder(Z).to(device)
     vae = [*encoder.parameters(), *decoder.parameters()]
     vae_optimizer = torch.optim.Adam(vae, lr=args.vae_learning_rate, fused=True)
 
@@ -413,7 +428,8 @@ def train(args):
         stale = args.finetune_every and episodes % args.finetune_every < N
         if stale and args.finetune_updates and not oracle and episodes < rounds * N:
             with torch.no_grad():
-                drawn = decoder(to_tensor(replay.goals[: replay.size])).sigmoid()
+                chunks = to_tensor(replay.goals[: replay.size]).split(500)
+                drawn = torch.cat([decoder(chunk).sigmoid() for chunk in chunks])
 
             def old_and_new():
                 e, t = rng.integers(replay.size, size=64), rng.integers(T + 1, size=64)
@@ -421,7 +437,7 @@ def train(args):
 
             train_vae(old_and_new, args.finetune_updates, args.beta)
             replay.z[: replay.size] = encode(replay.observations[: replay.size]).cpu()
-            replay.goals[: replay.size] = encode(drawn.mul(255).byte()).cpu()
+            replay.goals[: replay.size] = encode(drawn.mul(255).round().byte()).cpu()
             mean, sd, r2 = fit()
 
         # report
@@ -461,18 +477,15 @@ def train(args):
 
 
 def collect_images(env, count, rng, seed):
-    """What the exploration policy sees: random actions in a new scene every five frames.
+    """What the exploration policy sees: random actions, in a new scene after every episode.
 
     Returns observations (M, ...) and, to measure with, the positions (M, 4) of agent and square."""
-    env.reset(seed=seed)
     observations, positions = [], []
+    obs, _ = env.reset(seed=seed)
     while len(observations) * env.num_envs < count:
-        if len(observations) % 5 == 0:
-            obs, _ = env.reset()
-        else:
-            obs, *_ = env.step(rng.uniform(-1, 1, env.action_space.shape))
         observations.append(obs)
         positions.append(env.states[:, :2, :2].reshape(-1, 4))
+        obs, *_ = env.step(rng.uniform(-1, 1, env.action_space.shape))
     return np.concatenate(observations)[:count], np.concatenate(positions)[:count]
 
 
@@ -604,20 +617,6 @@ class TwinCritic(nn.Module):
     def forward(self, obs, action):  # (B, D), (B, A) -> (2, B)
         x = torch.cat([self.features(obs), action], dim=-1)
         return torch.cat([head(x) for head in self.heads], dim=-1).T
-
-
-class Encoder(nn.Module):
-    """Six convolutions, 64 x 64 -> 1 x 1 pixel, and a linear map: an image becomes a vector z."""
-
-    def __init__(self, z_dim=64, batch_norm=False):
-        super().__init__()
-        self.convolutions = strided_convolutions((1, 4, 8, 16, 32, 64, 128), batch_norm)
-        self.to_z = nn.Linear(128, z_dim)
-        orthogonal_(self).to(memory_format=torch.channels_last)  # same numbers, faster
-
-    def forward(self, frames):  # float (B, 1, 64, 64) in [0, 1]
-        h = self.convolutions(frames)  # (B, 128, 1, 1)
-        return self.to_z(h.flatten(1))  # (B, Z)
 
 
 def save_gif(path, film, milliseconds=100):

@@ -109,7 +109,7 @@ def test_decoder_draws_each_patch_in_its_place():
 
 
 def test_images_are_of_many_scenes_and_of_what_random_actions_do():
-    env = sprites_env.SpritesVectorEnv(4, task="push")
+    env = sprites_env.SpritesVectorEnv(4, task="push", horizon=5)
     images, positions = rig_td3.collect_images(env, 90, np.random.default_rng(0), seed=0)
     assert images.shape == (90, 1, 64, 64) and positions.shape == (90, 4)
     drawn = sprites_env.draw(positions.reshape(-1, 2, 2), np.array([[1, 0]] * 90))
@@ -118,7 +118,7 @@ def test_images_are_of_many_scenes_and_of_what_random_actions_do():
     steps = np.diff(scenes[..., 0, :], axis=1)
     assert 0.02 < np.abs(steps).mean() < 0.03  # uniform in -1 ... 1, times .05
     square = scenes[..., 1, :]
-    assert (square.std(1).max(-1) == 0).mean() > 0.6  # at rest, unless pushed
+    assert (square.std(1).max(-1) < 1e-9).mean() > 0.6  # at rest, unless pushed
     assert len(np.unique(square[:, 0].reshape(-1, 2), axis=0)) == 16
 
 
@@ -264,7 +264,7 @@ def test_z_is_the_mean_of_the_present_encoder(watched):
     """Details 2 and 7: no noise in what is stored, also after fine-tuning; the prior is fitted
     again; goals practised before are carried over, later ones are not."""
     seen = watched()
-    encoder = rig_td3.Encoder(16)
+    encoder = rig_td3.GridEncoder(16)
     encoder.load_state_dict(seen["saved"]["encoder"])
     replay = seen["replay"]
     with torch.no_grad():
@@ -279,7 +279,7 @@ def test_z_is_the_mean_of_the_present_encoder(watched):
     practised = torch.cat([args[4] for args, *_ in seen["add"]])  # fine-tuned after four episodes
     drawn = next(r for a, r, _ in seen["decoder"] if torch.equal(a[1], practised[:4]))
     with torch.no_grad():
-        carried = encoder(drawn.sigmoid().mul(255).byte() / 255)[:, :8]
+        carried = encoder(drawn.sigmoid().mul(255).round().byte() / 255)[:, :8]
     assert torch.allclose(carried, torch.as_tensor(replay.goals[:4]), atol=1e-5)
     assert torch.equal(practised[4:], torch.as_tensor(replay.goals[4:]))
 
