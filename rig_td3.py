@@ -295,7 +295,7 @@ def train(args):
 
     # see: images of random scenes, and a VAE of them
     scenes, new_scenes = make_env(100, horizon=5), make_env(100, horizon=5)
-    images, positions = collect_images(scenes, args.images, rng, seed=args.seed * 100_000)
+    images, positions = collect_images(scenes, args.images, rng, args.seed * 100_000)
     new_rng, new_seed = np.random.default_rng(0), 10**9 + 50_000  # for the probe, never trained on
     new_images, new_positions = collect_images(new_scenes, 2000, new_rng, new_seed)
     moved = 2 if args.task == "push" else 1  # objects that a goal is about
