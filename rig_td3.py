@@ -28,18 +28,16 @@ Notation
 Differs from the paper
     1. β in (1) falls from 20 to 1 while the VAE trains; it multiplies a *sum* over z, beside a
        *sum* over 4,096 pixels. Much noise at first lets z unfold: places that are close in the
-       image come to be close in z. With β = 1 from the start z is often folded.
-    2. The decoder draws 4 x 4 pixels at a time, from z and their place: quick to learn. The encoder
-       keeps a grid of places up to its last, linear layer.
-    3. Other sprites are at rest: what moves by itself would rule the distance in z. Still, of an
+       image come to be close in z. The encoder keeps a grid of places up to its last layer, and
+       the decoder draws 4 x 4 pixels at a time, from z and their place.
+    2. Other sprites are at rest: what moves by itself would rule the distance in z. Still, of an
        imagined goal the agent can only reach its own part; in reach the square stays where it is.
-    4. Smaller and shorter than the authors' code: two layers of 128 units, 20,000 steps (push
-       60,000), one update a step; theirs has 400-300, half a million, four.
-    5. γ = 0.9 in reach, where going straight is best; 0.98 in push, where the way around pays late.
-    6. When the VAE is fine-tuned, practised goals are carried over: the old decoder draws them, the
+    3. Two layers of 128 units, 20,000 steps (push 60,000), one update a step; the authors' code has
+       400-300, half a million, four. γ = 0.9 in reach, where going straight is best; 0.98 in push,
+       where the way around pays late. Gaussian exploration noise; the first 800 steps are random.
+    4. When the VAE is fine-tuned, practised goals are carried over: the old decoder draws them, the
        new encoder reads them. Everything else in the buffer is encoded again.
-    7. Gaussian exploration noise, not Ornstein-Uhlenbeck's; the first 800 steps are random.
-    8. --goals pixel pays −0.2 ‖s' − p(z_g)‖, also where the true image of the goal is known.
+    5. --goals pixel pays −0.2 ‖s' − p(z_g)‖, also where the true image of the goal is known.
 
 Run
     python rig_td3.py
@@ -59,7 +57,7 @@ Result
     RESULT
 
 Try
-    1. --beta-start 1: look at latent_walk.png and at the probe. What is a folded latent space?
+    1. --beta 20, then --beta 0.05: look at latent_walk.png. What does the agent no longer see?
     2. --gamma 0, for reach and for push: which of them needs foresight?
     3. --distractors 2: more that the agent cannot move, elsewhere in every imagined goal.
 """

@@ -3,6 +3,7 @@
 A round agent moves in a frame where a square target and up to several triangular distractors
 drift and bounce off the walls. The agent is paid for being close to the target (`follow`) or
 far from it (`repel`). Everything a policy needs is visible, everything else is there to distract.
+In the goal tasks `reach` and `push` the others are at rest, and there is no reward.
 
 Source: the environment of Jain, Lee & Pertsch, "Reward-Induced Representation Learning", and of
 its successor Yamada et al. 2022 (arXiv 2204.11827); dynamics and sizes are theirs, code is ours.
@@ -28,11 +29,11 @@ repel d / sqrt(2); reach and push 0: there the learner sets the goals and pays i
 the agent pushes the square, which stays inside [0.25, 0.75], so that there is room behind it on
 every side. They touch where both coordinates of their centres differ by less than 0.15: then the
 square gives way along the axis in which they differ more, until they no longer overlap, and where
-it cannot, at its bound, the agent is held back instead (its velocity stays that of the action).
+it cannot, at its bound, the agent is held back instead (its velocity stays what it was).
 
-**Start and end.** All states are drawn uniformly, then everything moves once (and, in `push`, what
-overlaps is parted). An episode is truncated, never terminated, after `horizon` (40) steps:
-bootstrap its last value.
+**Start and end.** All states are drawn uniformly (what rests has velocity 0, the square of `push`
+is inside its bounds), then everything moves once, and in `push` what overlaps is parted. An episode
+is truncated, never terminated, after `horizon` (40) steps: bootstrap its last value.
 
 **Returns of reference controllers** over 40 steps (`CONTROLLERS`; means over 4,000 episodes,
 regenerate with `python sprites_env.py`):

@@ -60,7 +60,7 @@ def test_docstring_headings_and_length(script):
         assert re.fullmatch(expected, found)
     text = script.read_text()
     algorithm = text[: text.index("# --- Appendix")]  # what one reads to understand the method
-    assert algorithm.count("\n") <= 470 and text.count("\n") <= 730
+    assert algorithm.count("\n") <= 480 and text.count("\n") <= 730
     assert max(map(len, text.splitlines())) <= 100
 
 
