@@ -60,10 +60,10 @@ Writes
     `probe_r2`, `probe_r2_random_encoder`, `probe_r2_pixels`: R² by quantity.
 
 Result
-    Of one seed only, 1, with these options; 3.7 minutes on one thread of an AMD EPYC (state: 0.7).
-    Return: curl 37.18 (2 distractors: 32.42), rad 37.48, state 38.77. Of curl's queries 97 % find
-    their keys (1/B: 1.6 %); R² of agent, target, relative position, target velocity: .74, .78, .54,
-    .46. That rad (c) is 0.3 above curl (d) decides nothing yet: one seed.
+    Not finished: one seed (1) without distractors, of python benchmark/study.py --study curl; 2.6
+    to 4.8 minutes on one thread of a busy AMD EPYC (state: 0.7). Returns: (a) 38.77, (b) 36.27,
+    (c) 37.48, (d) 37.18, (e) 36.79, (f) 36.38; seed 2: (a) 38.77, (b) 36.66, (c) 37.53. With 2
+    distractors, an earlier run of (d): 32.42. Of its queries 97 % find their keys (1/B: 1.6 %).
 
 Try
     1. --mode rad, then --mode pixel: what did the contrastive loss add, what did the shift?

@@ -353,9 +353,10 @@ PROBED = ("agent", "target", "relative_position", "target_velocity", "distractor
 
 def curl_figure(rows, finals):
     """Above: return against steps, per mode. Below: what a linear probe reads off each code."""
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
-    above, below = figure.subplots(2, 2)
-    for axis, bars, distractors in zip(above, below, (0, 2)):
+    numbers = sorted({int(row["distractors"]) for row in finals})
+    figure = Figure(figsize=(1 + 5.5 * len(numbers), 7.5), layout="constrained")
+    above, below = figure.subplots(2, len(numbers), squeeze=False)
+    for axis, bars, distractors in zip(above, below, numbers):
         for mode, (colour, dashes) in CURL_STYLES.items():
             runs = {}
             for row in rows:
@@ -392,11 +393,11 @@ def curl_figure(rows, finals):
                     bars.plot(at, seed, "k.", ms=2)
         bars.axhline(0, color="grey", lw=0.7)
         bars.set_xticks(range(len(quantities)), [q.replace("_", "\n") for q in quantities])
-        bars.set(ylim=(-0.3, 1))
+        bars.set(ylim=(-0.15, 1.35))
     above[0].set_ylabel("return of a 40-step episode")
     above[0].legend(fontsize=8, loc="lower right")
     below[0].set_ylabel("held-out R² of a ridge probe")
-    below[1].legend(fontsize=8, ncols=2)
+    below[0].legend(fontsize=8, ncols=3, loc="upper center")
     figure.savefig(RESULTS / "curl.png", dpi=80)
 
 
@@ -412,7 +413,8 @@ def curl_table(finals):
                 cells.append("-")
                 continue
             mean, low, high = interval([r["eval_return_mean"] for r in runs])
-            cells.append(f"{mean:.2f} [{low:.2f}, {high:.2f}] (n={len(runs)})")
+            spread = f" [{low:.2f}, {high:.2f}]" if len(runs) > 1 else ""
+            cells.append(f"{mean:.2f}{spread} (n={len(runs)})")
             accuracies.append(np.mean([r["contrastive_accuracy"] for r in runs]))
             minutes += [r["minutes"] for r in runs]
         if minutes:
