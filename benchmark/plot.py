@@ -507,7 +507,8 @@ def rig_table(finals):
             for column in ("agent", "block"):
                 mean, low, high = interval([r[f"final_{column}_distance"] for r in runs])
                 shown = column == "agent" or task == "push"
-                cells.append(f"{mean:.3f} [{low:.3f}, {high:.3f}]" if shown else "")
+                spread = f" [{low:.3f}, {high:.3f}]" if len(runs) > 1 else ""
+                cells.append(f"{mean:.3f}{spread}" if shown else "")
             cells.append(f"{100 * np.mean([r['success_rate'] for r in runs]):.0f} %")
             cells.append(f"{max(r[f'final_{counts}_distance'] for r in runs):.3f}")
             probe = np.mean([r["probe_r2_agent" if task == "reach" else "probe_r2"] for r in runs])
