@@ -419,7 +419,7 @@ def curl_table(finals):
             minutes += [r["minutes"] for r in runs]
         if minutes:
             cells.append(", ".join(f"{a:.2f}" for a in accuracies if not np.isnan(a)))
-            cells.append(f"{np.median(minutes):.1f}")
+            cells.append(f"{np.nanmedian(minutes):.1f}")  # a paused run has none
             lines.append(f"| {letter} | `{mode}` | " + " | ".join(cells) + " |")
     return lines
 
