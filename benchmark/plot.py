@@ -485,7 +485,7 @@ def rig_figure(rows, finals):
             axis.annotate(f"{what}, untouched", (0.98, levels[0]), ha="right", va="bottom",
                           xycoords=("axes fraction", "data"), color="grey", fontsize=8)  # fmt: skip
         axis.set(xlabel="environment steps (thousands)", title=title)
-        axis.set_ylim(0, 0.45 if task == "reach" else 0.35)
+        axis.set_ylim(0, 0.45)
         axis.legend(fontsize=8)
     axes[0].set_ylabel("final distance to the goal (frame widths)")
     figure.savefig(RESULTS / "rig.png", dpi=90)
