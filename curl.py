@@ -60,10 +60,13 @@ Writes
     `probe_r2`, `probe_r2_random_encoder`, `probe_r2_pixels`: R² by quantity.
 
 Result
-    Not finished: one seed (1) without distractors, of python benchmark/study.py --study curl; 2.6
-    to 4.8 minutes on one thread of a busy AMD EPYC (state: 0.7). Returns: (a) 38.77, (b) 36.27,
-    (c) 37.48, (d) 37.18, (e) 36.79, (f) 36.38; seed 2: (a) 38.77, (b) 36.66, (c) 37.53,
-    (d) 37.09. Of its queries 97 % find their keys (1/B: 1.6 %). With 2 distractors: not yet run.
+    Returns, mean ± sd of three seeds (python benchmark/study.py --study curl; about 4 minutes on
+    one thread of a busy AMD EPYC, state: 1; a contrastive loss takes a third longer):
+      distr.  (a) state     (b) pixel     (c) rad       (d) curl      (e)           (f)
+      0       38.77 ± 0.00  36.45 ± 0.20  37.43 ± 0.14  37.10 ± 0.08  36.67 ± 0.26  35.70 ± 0.61
+      2       38.76 ± 0.00  31.72 ± 0.49  32.98 ± 0.12  32.63 ± 0.25  31.95 ± 0.24  30.16 ± 0.31
+    The augmentation helps, the contrastive loss does not: d is below c in every seed, e above b
+    only in some. Yet 97 % of the queries find their key (1/B: 1.6 %).
 
 Try
     1. --mode rad, then --mode pixel: what did the contrastive loss add, what did the shift?
