@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 import sprites_env  # noqa: E402
 
 TEXT = ("encoder", "objective", "algorithm", "mixture", "mode", "task", "goals")
-TEXT += ("goal_fractions", "git_commit")  # columns that hold no number
+TEXT += ("goal_fractions", "experiment", "embedding", "git_commit")  # columns that hold no number
 # Okabe and Ito's colours, which survive colour blindness, and dashes, which survive greyscale.
 STYLES = {
     "oracle": ("#000000", "-"),
@@ -567,6 +567,106 @@ def speed_tables(measured):
     return tables
 
 
+SKILLS = {  # (embedding, whether skills were to be told apart): label, colour, dashes
+    ("gaussian", True): ("skills", "#D55E00", "-"),
+    ("gaussian", False): ("skills, α₂ = 0", "#0072B2", "--"),
+    ("one_hot", False): ("one-hot tasks", "#009E73", "-."),
+}
+
+
+def skill_runs(rows, experiment, embedding, apart):
+    """The rows of one configuration, by seed: a list of lists."""
+    runs = {}
+    for row in rows:
+        key = row["experiment"], row["embedding"], row["alpha2"] > 0
+        if key == (experiment, embedding, apart):
+            runs.setdefault(row["seed"], []).append(row)
+    return list(runs.values())
+
+
+def draw_seeds(axis, runs, column, label, colour, dashes="-"):
+    """One column against steps: every seed, their mean, and its interval."""
+    if not runs:
+        return
+    steps = np.array([row["step"] for row in runs[0]]) / 1000
+    values = np.array([[row[column] for row in run] for run in runs])
+    mean, low, high = interval(values)
+    axis.plot(steps, values.T, color=colour, lw=0.5, alpha=0.35)
+    axis.plot(steps, mean, dashes, color=colour, lw=1.8, label=label)
+    axis.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
+
+
+def skill_figure(rows):
+    """Library; equal and other tasks; transfer to both new tasks."""
+    figure = Figure(figsize=(14, 3.8), layout="constrained")
+    learnt, equal, *new = figure.subplots(1, 4)
+    library = skill_runs(rows, "library", "gaussian", True)
+    draw_seeds(learnt, library, "success_rate", "success", "#D55E00")
+    draw_seeds(learnt, library, "identifiability_top1", "top-1 of 64", "#0072B2", "--")
+    learnt.axhline(1 / 64, color="grey", lw=0.8, ls=":")
+    learnt.set(title="library: four goals", ylabel="share of episodes", ylim=(0, 1.02))
+    pairs = skill_runs(rows, "generality", "gaussian", True)
+    for other, label, colour in ((2, "another goal", "#0072B2"), (4, "a third goal", "#009E73"),
+                                 (3, "the same goal", "#D55E00")):  # fmt: skip
+        draw_seeds(equal, pairs, f"kl_1_{other}", label, colour)
+    equal.set(title="generality: KL(task 1 ‖ task t)", ylabel="nats", yscale="log")
+    for axis, task in zip(new, ("interpolation", "sequencing")):
+        for (embedding, apart), style in SKILLS.items():
+            runs = skill_runs(rows, "transfer", embedding, apart)
+            draw_seeds(axis, runs, f"skills_{task}", *style)
+        scratch = skill_runs(rows, "transfer", "gaussian", True)
+        draw_seeds(axis, scratch, f"scratch_{task}", "from scratch", "#000000", ":")
+        axis.set(title=f"transfer: {task}", ylabel="success rate", ylim=(-0.02, 1.02))
+    for axis in figure.axes:
+        axis.set_xlabel("environment steps (thousands)")
+        axis.legend(fontsize=8)
+    figure.savefig(RESULTS / "skill.png", dpi=90)
+
+
+def skill_tables(finals):
+    """What the library experiments found, seed by seed; what skills are worth on new tasks."""
+    library = ["| experiment | p(z\\|t) | success | worst task | top-1 of 64 | solutions found |"
+               " KL to the same task | KL to the others | minutes |"]  # fmt: skip
+    library.append("|---|---|---|---|---|---|---|---|---|")
+    for experiment in ("library", "generality", "versatility"):
+        for embedding in ("gaussian", "bernoulli"):
+            runs = [run[0] for run in skill_runs(finals, experiment, embedding, True)]
+            if not runs:
+                continue
+
+            def each(column, form, runs=runs):
+                found = [run.get(column, np.nan) for run in runs]
+                return "" if np.isnan(found).all() else ", ".join(map(form.format, found))
+
+            cells = [experiment, embedding, each("success_rate", "{:.2f}")]
+            cells += [each("worst_task", "{:.2f}"), each("identifiability_top1", "{:.2f}")]
+            cells += [each("solutions_found", "{:.0f}"), each("kl_duplicate", "{:.2f}")]
+            cells += [each("kl_others", "{:.1f}")]
+            cells.append(f"{np.median([run['minutes'] for run in runs]):.1f}")
+            library.append("| " + " | ".join(cells) + " |")
+    transfer = ["| new task | actor | success at the end | steps to 80 % |"
+                " times fewer than scratch | success of random choices |",
+                "|---|---|---|---|---|---|"]  # fmt: skip
+    for task in ("interpolation", "sequencing"):
+        for (embedding, apart), (label, *_) in SKILLS.items():
+            runs = [run[0] for run in skill_runs(finals, "transfer", embedding, apart)]
+            actors = [(label, "skills")] + ([("from scratch", "scratch")] if apart else [])
+            for name, how in actors:
+                rates = [f"{run[f'success_{how}_{task}']:.2f}" for run in runs]
+                steps = [run[f"steps_{how}_{task}"] for run in runs]
+                steps = ["never" if np.isnan(n) else f"{n:,.0f}" for n in steps]
+                cells = [task, name, ", ".join(rates), "; ".join(steps), "", ""]
+                if how == "skills":
+                    ratios = [run[f"transfer_steps_ratio_{task}"] for run in runs]
+                    never = [np.isnan(run[f"steps_scratch_{task}"]) for run in runs]
+                    cells[4] = ", ".join("-" if np.isnan(r) else f"{'> ' * n}{r:.1f}"
+                                         for r, n in zip(ratios, never))  # fmt: skip
+                    chance = [f"{run[f'success_random_{task}']:.2f}" for run in runs]
+                    cells[5] = ", ".join(chance)
+                transfer.append("| " + " | ".join(cells) + " |")
+    return library, transfer
+
+
 def spread(values, digits):
     """mean ± standard deviation as text."""
     if len(values) == 1:
@@ -598,6 +698,9 @@ def main():
         runs = read("rig_final.csv")
         rig_figure(read("rig.csv"), runs)
         tables["imagined goals"] = rig_table(runs)
+    if (RESULTS / "skill_final.csv").exists():
+        skill_figure(read("skill.csv"))
+        tables["skills"], tables["transfer of skills"] = skill_tables(read("skill_final.csv"))
     if (RESULTS / "awac_narrow_final.csv").exists():
         tables["awac, narrow data"] = awac_table(read("awac_narrow_final.csv"))
     if (RESULTS / "throughput.json").exists():

@@ -5,6 +5,7 @@
     python benchmark/study.py --study awac                 offline data, then online
     python benchmark/study.py --study rig                  imagined goals
     python benchmark/study.py --study curl                 contrastive loss or augmentation?
+    python benchmark/study.py --study skill                skills: four experiments, reuse
     python benchmark/study.py --seeds 1 --distractors 0 2  a part of it
     python benchmark/study.py --dry-run --stage pretrain   its commands, one a line, for xargs -P,
     python benchmark/study.py --dry-run --stage ppo        GNU parallel or a Slurm array
@@ -46,9 +47,16 @@ KEYS = {  # table of results: the flags that tell its runs apart
     "awac_narrow": ("algorithm", "mixture", "seed", "total_steps"),
     "curl": ("mode", "distractors", "seed"),
     "rig": ("task", "goals", "goal_fractions", "seed"),
+    "skill": ("experiment", "embedding", "alpha2", "seed"),
 }
+ALPHA2 = 0.2  # of skill_embedding.py
 TEMPERATURE, TEMPERATURES = 0.03, (0.1, 0.3, 1, 3, 10)  # of awac.py: its default, and others
-SCRIPTS = {"rp_single_task": "rp_pretrain", "awac_narrow": "awac", "rig": "rig_td3"}
+SCRIPTS = {
+    "rp_single_task": "rp_pretrain",
+    "awac_narrow": "awac",
+    "rig": "rig_td3",
+    "skill": "skill_embedding",
+}
 RELABEL = {  # of rig_td3.py: shares of goals as practised, from the prior, from the future
     "mix": "0.2 0.4 0.4",
     "none": "1 0 0",
@@ -60,7 +68,7 @@ SHORT = {"distractors": "d", "seed": "s", "total_steps": "n", "temperature": "t"
 
 @dataclass(frozen=True)
 class Args:
-    study: Literal["encoders", "single_task", "awac", "curl", "rig"] = (
+    study: Literal["encoders", "single_task", "awac", "curl", "rig", "skill"] = (
         "encoders"  # which of the studies
     )
     encoders: tuple[str, ...] = ENCODERS  # which of the seven
@@ -158,6 +166,16 @@ def plan_rig(args):
     return [Job("rig", (task, goals, RELABEL[how], seed)) for task, goals, how, seed in keys]
 
 
+def plan_skill(args):
+    """What skills are learnt, for three seeds, and what they are worth on new tasks, beside a
+    policy steered by one-hot codes and skills that nobody asked to be told apart (α₂ = 0)."""
+    kinds = [("library", "gaussian", ALPHA2), ("generality", "gaussian", ALPHA2)]
+    kinds += [("versatility", name, ALPHA2) for name in ("gaussian", "bernoulli")]
+    kinds += [("transfer", "gaussian", ALPHA2), ("transfer", "gaussian", 0.0)]
+    kinds += [("transfer", "one_hot", 0.0)]
+    return [Job("skill", (*kind, seed)) for seed in args.seeds[:3] for kind in kinds]
+
+
 def read(path):
     """The rows of a CSV file as dicts of text; none if there is no such file."""
     if not path.exists():
@@ -215,6 +233,7 @@ def short(row):
     for name, value in row.items():
         nested = value.items() if isinstance(value, dict) else [(None, value)]
         flat |= {f"{name}_{key}" if key else name: v for key, v in nested}
+    flat = {name: "" if value is None else value for name, value in flat.items()}
     return {k: f"{float(v):.5g}" if "." in str(v) else str(v) for k, v in flat.items()}
 
 

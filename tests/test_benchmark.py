@@ -13,6 +13,7 @@ import curl
 import ppo_encoder
 import rig_td3
 import rp_pretrain
+import skill_embedding
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,6 +41,7 @@ def test_plan(study):
 
 def test_plans_of_the_other_studies(study):
     scripts = {"single_task": rp_pretrain, "awac": awac, "curl": curl, "rig": rig_td3}
+    scripts |= {"skill": skill_embedding}
     plans = {name: study.plan(study.Args(study=name)) for name in scripts}
     for name, module in scripts.items():
         jobs = plans[name]
@@ -48,6 +50,7 @@ def test_plans_of_the_other_studies(study):
             assert job.command[1] == f"{module.__name__}.py"
             module.tyro.cli(module.Args, args=job.command[2:])  # flags that the script knows
     assert study.RELABEL["mix"] == " ".join(map(str, rig_td3.Args.goal_fractions))
+    assert study.ALPHA2 == skill_embedding.Args.alpha2
     defaults = [j for j in plans["awac"] if j.table == "awac" and j.key[3]]
     assert {j.key[1] for j in defaults} == {awac.Args.temperature}
     assert {j.key[3] for j in defaults} == {awac.Args.total_steps}
