@@ -17,7 +17,8 @@ Equations
     (1)  r̂ᵢ = r_t(sᵢ,aᵢ) + α₂ log q(z|aᵢ, sᵢ₋ₕ … sᵢ) + α₃ H[π(·|sᵢ,z)]
     (2)  maximise  E[Σ γⁱ r̂ᵢ] + α₁ E_t H[p(z|t)]   over π and p, by way of Q:
     (3)  Gⱼ = r̂ⱼ + γ [Vⱼ₊₁ + cⱼ₊₁ (Gⱼ₊₁ − Q̄ⱼ₊₁)],   V = E_π[Q̄],   c = min(1, π(a|s,z) / b(a|s,z))
-    (4)  Q ← argmin E[(Q(s,a;z,t) − G)²],   s, a, z, t and b, who acted, from the replay
+         Q̄ is a slow copy of Q, b the policy that acted
+    (4)  Q ← argmin E[(Q(s,a;z,t) − G)²],   s, a, z, t from the replay
     (5)  π, p ← argmax E[Q(s,a;z,t) + α₃ H[π(·|s,z)]] + α₁ E_t H[p(z|t)],   new z ~ p(·|t), a ~ π
     (6)  q ← argmax E[log q(z|a, s …)],   the likelihood of the z that was acted on
 
@@ -30,12 +31,15 @@ Differs from the paper
     2. p(z|t) / b(z|t) is no part of c, as z is given once it is drawn, and c could exceed π / b;
        --z-ratio puts it back.
     3. (5) has the entropy of the policy in it: ∂Q/∂a cannot see that of the present state.
-    4. p(z|t) is a table with bounds, not a linear network: without a bound the tasks overlap, or
-       if α₁ < α₂ Σγⁱ all of a task's z become one. log q is cut off at ±3.
-    5. A little effort is charged for the mean action in (5), and α₃ starts large: or else the
-       policy runs into the wall behind the goal and stays there, bouncing on the spot.
+    4. p(z|t) is a table, not a linear network, and its standard deviation is bounded: it widens
+       while α₁ > α₂ Σγⁱ, until tasks overlap, and shrinks to a point where it is less. Tasks start
+       apart in z (--spread); in the paper they start alike, as in generality here.
+    5. log q is cut off at ±3. 0.03 E‖mean‖² is taken off (5), and α₃ starts large: or else the
+       policy runs into the wall behind the goal and stays there, bouncing on the spot. In the
+       second half of the run α₃ falls to zero, α₂ to one half: first be different, then exact.
     6. Z = 2, in which a skill can say all of z by where it comes to rest; the paper has 3.
-    7. A point, the agent of Sprites alone, instead of a robot arm; minutes on one core.
+    7. A point, the agent of Sprites alone, instead of a robot arm; minutes on one core. In transfer
+       a z is held for five steps, whose rewards are added, and γ is that of five steps.
 
 Run
     python skill_embedding.py
@@ -45,14 +49,16 @@ Run
 Writes
     to runs/skill_embedding/<experiment>_<embedding>_s<seed>/: args.json, curve.csv, curve.png,
     skills.png (episodes by z; the embedding; a walk in z), rollout.gif, checkpoint.pt (at every
-    report) and summary.json: `success_rate`, `worst_task`, `solved_goals` (in 90 % of episodes),
-    `identifiability_top1` (of 64 episodes whose own z is the likeliest; 1/64 by chance),
-    `eval_return_mean`, `eval_return_std`, `eval_episodes`, `minutes`; `kl_1_2` ..., KL of p(z|1)
-    from the others; versatility: `solutions_found` (goals that 5 % of the episodes end at),
+    report) and summary.json: `success_rate`, `worst_task`, `solved_goals` (tasks solved in 90 %),
+    `identifiability_top1` (share of 64 episodes whose own z is the likeliest of the 64: 1/64 by
+    chance, K/64 if only the task shows, never more than 2^Z / 64 with bits),
+    `eval_return_mean`, `eval_return_std`, `eval_episodes`, `minutes`; if gaussian `kl_1_2` ...,
+    KL(p(z|1) ‖ p(z|2)); versatility: `solutions_found` (goals that 5 % of the episodes end at),
     `goal_entropy_bits`; generality: `kl_duplicate` (task 3 is task 1), `kl_others` (the smaller).
-    transfer, which writes the library it learns to library/: `success_skills_...`,
+    transfer has the library it learns in library/, no skills.png, and instead `success_skills_...`,
     `success_scratch_...` and `success_random_...` (a random skill at every choice) on the tasks
-    interpolation and sequencing, `steps_...` to 80 %, and `transfer_steps_ratio_...` of them.
+    interpolation and sequencing, `steps_...` to 80 %, and `transfer_steps_ratio` of these by task
+    (if scratch never got there, its budget counts: at least so many times).
 
 Result
 RESULT
@@ -69,7 +75,6 @@ import ctypes
 import json
 import math
 import os
-import pickle
 import platform
 import shutil
 import subprocess
@@ -102,7 +107,14 @@ NEW_TASKS = {  # to reuse them for, (1, G, 2): goals to visit one after the othe
     "interpolation": np.full((1, 1, 2), 0.5 + 0.3 * np.sqrt(0.5)),  # halfway between two
     "sequencing": GOALS[None, [0, 2]],
 }
-Z_RANGE, Z_SD = 3.0, (0.07, 0.2)  # bounds of p(z|t): means within ±3, standard deviations
+USUAL = {  # defaults that depend on the experiment; transfer learns a library
+    "library": {"spread": 1.5, "z_sd": 0.2, "alpha1": 2.0, "alpha2": 0.2},
+    "generality": {"spread": 0.3, "z_sd": 0.2, "alpha1": 2.0, "alpha2": 0.2},  # nearly alike
+    "versatility": {"spread": 0.0, "z_sd": 1.0, "alpha1": 5.0, "alpha2": 0.5},  # room for one task
+    "one_hot": {"spread": 0.0, "z_sd": 1.0, "alpha1": 0.0, "alpha2": 0.0},  # nothing to widen
+}
+USUAL["transfer"] = USUAL["library"]
+Z_RANGE = 3.0  # bound of the means of p(z|t)
 Z_GAIN = 4.5  # of z as an input, so that what differs within a task is not overlooked
 EFFORT = 0.03  # weight of the squared mean action in eq. (5)
 
@@ -110,12 +122,13 @@ EFFORT = 0.03  # weight of the squared mean action in eq. (5)
 @dataclass(frozen=True)
 class Args:
     experiment: Literal["library", "versatility", "generality", "transfer"] = "library"  # see What
-    embedding: Literal["gaussian", "bernoulli", "one_hot"] = "gaussian"  # p(z|t); one_hot: fixed
+    embedding: Literal["gaussian", "bernoulli", "one_hot"] = "gaussian"  # p(z|t); one_hot is fixed
     z_dim: int | None = None  # Z (default: 2; K if one_hot)
-    spread: float | None = None  # sd of the tasks' places in z at first (1.5; 0.3 in generality)
-    alpha1: float = 2.0  # α₁, weight of the entropy of p(z|t)
-    alpha2: float = 0.2  # α₂, reward for skills that can be told apart; falls to half of it
-    alpha3: float = 0.06  # α₃, weight of the entropy of the policy; falls to zero with it
+    spread: float | None = None  # how far apart tasks start in z (default: see USUAL)
+    z_sd: float | None = None  # bound of the standard deviation of p(z|t) (default: see USUAL)
+    alpha1: float | None = None  # α₁, weight of the entropy of p(z|t) (default: see USUAL)
+    alpha2: float | None = None  # α₂, pay for skills that can be told apart (default: see USUAL)
+    alpha3: float = 0.06  # α₃, weight of the entropy of the policy, at first
     window: int = 4  # H, steps that the inference network looks back
     z_ratio: bool = False  # have p(z|t) / b(z|t) in c, as printed in the paper
     gamma: float = 0.9  # discount factor per step
@@ -157,9 +170,9 @@ def between(low, high, x):
 class TaskEmbedding(nn.Module):
     """p(z|t): Gaussian, or Bernoulli, or (nearly) a constant that tells tasks apart."""
 
-    def __init__(self, kind, tasks, z_dim, spread):
+    def __init__(self, kind, tasks, z_dim, spread, z_sd):
         super().__init__()
-        self.kind = kind
+        self.kind, self.z_sd = kind, z_sd
         self.place = nn.Parameter(spread * torch.randn(tasks, z_dim))
         self.width = nn.Parameter(torch.full((tasks, z_dim), -1.5))  # begins narrow
         if kind == "one_hot":
@@ -171,7 +184,8 @@ class TaskEmbedding(nn.Module):
             return bernoulli(place)
         if self.kind == "one_hot":
             return gaussian(place, torch.full_like(place, 1e-3))
-        return gaussian(Z_RANGE * (place / Z_RANGE).tanh(), between(*Z_SD, width))
+        sd = between(0.35 * self.z_sd, self.z_sd, width)
+        return gaussian(Z_RANGE * (place / Z_RANGE).tanh(), sd)
 
 
 class SkillPolicy(nn.Module):
@@ -219,13 +233,13 @@ class SkillCritic(nn.Module):
 class SkillLearner(nn.Module):
     """The four networks. With Z = 0 it is an ordinary actor and critic."""
 
-    def __init__(self, obs_dim, action_dim, tasks, z_dim, embedding, window, spread=1.5):
+    def __init__(self, obs_dim, action_dim, tasks, z_dim, embedding, window, spread, z_sd):
         super().__init__()
-        self.embedding = TaskEmbedding(embedding, tasks, z_dim, spread)
+        self.embedding = TaskEmbedding(embedding, tasks, z_dim, spread, z_sd)
         self.policy = SkillPolicy(obs_dim, z_dim, action_dim)
         size = (window + 1) * obs_dim + action_dim
-        bits, idle = embedding == "bernoulli", z_dim == 0
-        self.inference = SkillInference(size, 1 if idle else z_dim, bits)
+        # Without a z it is idle: over no numbers, log q is an empty sum
+        self.inference = SkillInference(size, z_dim or 1, bits=embedding == "bernoulli")
         self.critic = SkillCritic(obs_dim, action_dim, z_dim, tasks)
 
 
@@ -371,8 +385,8 @@ class TrajectoryReplay:
 def learn(tasks, learner, total_steps, reports, args, rng, device):
     """Learn tasks: skills, if they have a z, or by choosing among skills, if actions are those.
 
-    A generator: `reports` times on the way it yields the steps so far, and losses."""
-    N, hold = tasks.num_envs, GoalTasks.steps // tasks.steps  # steps of an action
+    A generator: about `reports` times on the way it yields the steps so far, and losses."""
+    N, hold = tasks.num_envs, tasks.hold
     rounds, gamma = total_steps // (N * tasks.steps * hold), args.gamma**hold
     critic_target = copy.deepcopy(learner.critic).requires_grad_(False)
     actor = [*learner.policy.parameters(), *learner.embedding.parameters()]
@@ -418,9 +432,9 @@ def learn(tasks, learner, total_steps, reports, args, rng, device):
                     log_ratio += learner.embedding(t).log_prob(z) - batch["log_b_z"][:, None]
                 r_hat = skill_reward(batch["reward"], log_q, now.entropy(), alpha2, alpha3)
                 value = critic_target(obs, pi.sample(), z, t)
-                q = critic_target(before, action, z, t)
+                q_bar = critic_target(before, action, z, t)
                 terminated = batch["terminated"]
-                target = retrace_targets(r_hat, terminated, value, q, log_ratio, gamma)
+                target = retrace_targets(r_hat, terminated, value, q_bar, log_ratio, gamma)
             critic_loss = F.mse_loss(learner.critic(before, action, z, t), target)
             critic_optimizer.zero_grad()
             critic_loss.backward()
@@ -447,39 +461,44 @@ def learn(tasks, learner, total_steps, reports, args, rng, device):
 
 def train(args):
     """One run of an experiment; returns the content of summary.json."""
+    usual = USUAL["one_hot" if args.embedding == "one_hot" else args.experiment]
+    args = replace(args, **{k: v for k, v in usual.items() if getattr(args, k) is None})
     check(args, "gamma total_steps num_envs updates batch_size learning_rate tau eval_episodes")
-    check(args, "hold transfer_steps")
+    check(args, "z_sd hold transfer_steps")
     transfers, N, T = args.experiment == "transfer", args.num_envs, GoalTasks.steps
+    K = len(TASKS["library" if transfers else args.experiment])
+    budget = args.transfer_steps if transfers else args.total_steps
     rules = {
-        "--alpha1, --alpha2, --alpha3 and --window must be 0 or more":
-            min(args.alpha1, args.alpha2, args.alpha3, args.window) >= 0,
-        "--gamma must be below 1, --tau at most 1": args.gamma < 1 >= args.tau,
+        "--alpha1, --alpha2, --alpha3, --window and --spread must be 0 or more":
+            min(args.alpha1, args.alpha2, args.alpha3, args.window, args.spread) >= 0,
+        "--gamma must be below 1, --tau at most 1": args.gamma < 1 and args.tau <= 1,
+        f"--num-envs and --eval-episodes must be multiples of {K}, the number of tasks":
+            N % K == 0 and args.eval_episodes % K == 0,
         "--z-dim must be positive, and is K with --embedding one_hot":
             args.z_dim is None or (args.z_dim > 0 and args.embedding != "one_hot"),
-        f"--total-steps and --transfer-steps must be at least {N * T}, a round of episodes":
-            min(args.total_steps, args.transfer_steps) >= N * T,
+        f"--{'transfer' if transfers else 'total'}-steps must be at least {N * T}, a round of "
+        "episodes": budget >= N * T,
         f"--hold must divide {T}": T % args.hold == 0,
-        "--spread must be 0 or more": args.spread is None or args.spread >= 0,
         "--library is for --experiment transfer": transfers or not args.library,
+        "bits cannot be chosen by degrees: no --experiment transfer with --embedding bernoulli":
+            not (transfers and args.embedding == "bernoulli"),
     }  # fmt: skip
     for rule, holds in rules.items():
         if not holds:
             raise SystemExit(f"error: {rule}")
-    if args.embedding == "one_hot":  # nothing to spread, nothing to infer
-        args = replace(args, alpha1=0.0, alpha2=0.0)
     device = prepare(args)
+    library = load_skills(args.library, device) if args.library else None  # or nothing is touched
     out = open_run(args, f"{args.experiment}_{args.embedding}_s{args.seed}", device)
     if transfers:
-        return train_transfer(args, out, device)
+        return train_transfer(args, library, out, device)
 
     tasks, eval_tasks = (GoalTasks(n, TASKS[args.experiment]) for n in (N, args.eval_episodes))
-    K, rng = tasks.num_tasks, np.random.default_rng(args.seed)
+    rng = np.random.default_rng(args.seed)
     z_dim = K if args.embedding == "one_hot" else args.z_dim or 2
     sizes = {"tasks": K, "z_dim": z_dim, "embedding": args.embedding}
     sizes |= {"obs_dim": tasks.obs_dim, "action_dim": tasks.action_dim, "window": args.window}
-    usual = 0.3 if args.experiment == "generality" else 1.5
-    spread = usual if args.spread is None else args.spread
-    learner = SkillLearner(**sizes, spread=spread).to(device)
+    sizes |= {"spread": args.spread, "z_sd": args.z_sd}
+    learner = SkillLearner(**sizes).to(device)
     log = Log(out, args.total_steps // (N * T) * N * T)
     for step, losses in learn(tasks, learner, args.total_steps, 20, args, rng, device):
         metrics, episodes = evaluate_skills(eval_tasks, learner, args.window)
@@ -500,11 +519,11 @@ def train(args):
     return write_summary(out, summary, log)
 
 
-def train_transfer(args, out, device):
+def train_transfer(args, library, out, device):
     """Freeze a library of skills; learn each new task by choosing among them, and from scratch."""
-    if not args.library:
-        train(replace(args, experiment="library", out=str(out / "library"), overwrite=True))
-    library = load_skills(args.library or out / "library" / "checkpoint.pt", device)
+    if library is None:
+        train(replace(args, experiment="library", out=str(out / "library")))
+        library = load_skills(out / "library" / "checkpoint.pt", device)
     skills = library.policy.requires_grad_(False)
     frozen = parameters_to_vector(library.parameters())
     K, z_dim = library.embedding.place.shape
@@ -523,6 +542,7 @@ def train_transfer(args, out, device):
             tasks, held_out = (make_tasks(n, name, how) for n in counts)
             sizes = {"tasks": 1, "z_dim": 0, "embedding": "gaussian", "window": args.window}
             sizes |= {"obs_dim": tasks.obs_dim, "action_dim": tasks.action_dim}
+            sizes |= {"spread": 0, "z_sd": 1}
             learner, rng = SkillLearner(**sizes).to(device), np.random.default_rng(args.seed)
             progress = learn(tasks, learner, args.transfer_steps, 100, args, rng, device)
             names.append(f"{how}_{name}")
@@ -541,8 +561,13 @@ def train_transfer(args, out, device):
     assert torch.equal(parameters_to_vector(library.parameters()), frozen)
 
     summary |= {f"success_{name}": log.rows[-1][name] for name in names}
+    summary["transfer_steps_ratio"] = {}
     for name in NEW_TASKS:
-        summary |= steps_to_solve(log.rows, name)
+        ours, theirs, ratio = steps_to_solve(log.rows, name)
+        summary |= {f"steps_skills_{name}": ours, f"steps_scratch_{name}": theirs}
+        summary["transfer_steps_ratio"][name] = ratio
+    saved = {name: learner.state_dict() for name, (_, learner, _) in zip(names, runs)}
+    write_whole(out / "checkpoint.pt", lambda t: torch.save(saved | {"step": log.total}, t))
     panels = [(f"success rate, {n}", (f"skills_{n}", f"scratch_{n}")) for n in NEW_TASKS]
     plot_curve(out / "curve.png", log.rows, panels, "environment steps of the new task")
     films = [draw_film(runs[i][0]) for i in (0, 2)]
@@ -560,7 +585,7 @@ class GoalTasks:
     the last pays 1, nothing else pays, and the observation ends with a one-hot of the next goal.
     Either way it is solved if the episode's last five steps are within 0.1 of the (last) goal."""
 
-    action_dim, steps = 2, 40  # A, T
+    action_dim, steps, hold = 2, 40, 1  # A, T, steps of an action
 
     def __init__(self, num_envs, goals, in_order=False):  # goals (K, G, 2)
         self.num_envs, self.goals, self.in_order = num_envs, goals, in_order
@@ -609,13 +634,12 @@ class GoalTasks:
 def steps_to_solve(rows, name):
     """Steps to 80 % success on a new task with skills and from scratch, None if never, and how many
     times fewer it were with skills: at least so many, if scratch never got there."""
-    steps = {"skills": None, "scratch": None}
-    for how in steps:
-        solved = (row["step"] for row in rows if row[f"{how}_{name}"] >= 0.8)
-        steps[how] = next(solved, None)
-    ours, theirs = steps["skills"], steps["scratch"] or rows[-1]["step"]
-    found = {f"steps_{how}_{name}": value for how, value in steps.items()}
-    return found | {f"transfer_steps_ratio_{name}": theirs / ours if ours else None}
+
+    def first(how):
+        return next((row["step"] for row in rows if row[f"{how}_{name}"] >= 0.8), None)
+
+    ours, theirs = first("skills"), first("scratch")
+    return ours, theirs, (theirs or rows[-1]["step"]) / ours if ours else None
 
 
 @torch.no_grad()
@@ -637,7 +661,7 @@ def evaluate_skills(tasks, learner, window):
     metrics["solved_goals"] = sum(rate >= 0.9 for rate in rates)
     if z.shape[-1]:
         top1 = []
-        for rows in torch.arange(len(z)).split(64):
+        for rows in torch.arange(len(z) // 64 * 64 or len(z)).split(64):
             seen = windows(episodes["obs"][rows], episodes["action"][rows], window)
             q = learner.inference(seen[:, :, None])  # (M, T, 1), against M candidates
             top1.append(identified(q.log_prob(z[rows]).mean(1)))
@@ -661,8 +685,8 @@ def load_skills(path, device):
         saved = torch.load(path, map_location=device, weights_only=True)
         learner = SkillLearner(**saved["sizes"]).to(device)
         learner.load_state_dict(saved["networks"])
-    except (OSError, EOFError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
-        raise SystemExit(f"error: --library {path} is no checkpoint of skills: {error}") from None
+    except Exception as error:  # whatever a file that is something else may hold
+        raise SystemExit(f"error: {path} is no checkpoint of skills: {error}") from None
     return learner
 
 

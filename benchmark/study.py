@@ -49,7 +49,6 @@ KEYS = {  # table of results: the flags that tell its runs apart
     "rig": ("task", "goals", "goal_fractions", "seed"),
     "skill": ("experiment", "embedding", "alpha2", "seed"),
 }
-ALPHA2 = 0.2  # of skill_embedding.py
 TEMPERATURE, TEMPERATURES = 0.03, (0.1, 0.3, 1, 3, 10)  # of awac.py: its default, and others
 SCRIPTS = {
     "rp_single_task": "rp_pretrain",
@@ -169,9 +168,9 @@ def plan_rig(args):
 def plan_skill(args):
     """What skills are learnt, for three seeds, and what they are worth on new tasks, beside a
     policy steered by one-hot codes and skills that nobody asked to be told apart (α₂ = 0)."""
-    kinds = [("library", "gaussian", ALPHA2), ("generality", "gaussian", ALPHA2)]
-    kinds += [("versatility", name, ALPHA2) for name in ("gaussian", "bernoulli")]
-    kinds += [("transfer", "gaussian", ALPHA2), ("transfer", "gaussian", 0.0)]
+    kinds = [("library", "gaussian", 0.2), ("generality", "gaussian", 0.2)]
+    kinds += [("versatility", name, 0.5) for name in ("gaussian", "bernoulli")]
+    kinds += [("transfer", "gaussian", alpha2) for alpha2 in (0.2, 0.0)]
     kinds += [("transfer", "one_hot", 0.0)]
     return [Job("skill", (*kind, seed)) for seed in args.seeds[:3] for kind in kinds]
 

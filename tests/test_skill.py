@@ -378,7 +378,9 @@ def test_transfer_freezes_what_it_loads(tmp_path):
     for task in se.NEW_TASKS:
         for name in ("success_random", "success_skills", "success_scratch"):
             assert 0 <= summary[f"{name}_{task}"] <= 1
-        assert f"transfer_steps_ratio_{task}" in summary
+    assert set(summary["transfer_steps_ratio"]) == set(se.NEW_TASKS)
+    saved = torch.load(tmp_path / "transfer" / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == 320 and "policy.mlp.0.weight" in saved["skills_sequencing"]
     assert int(rows(tmp_path / "transfer")[-1]["step"]) == 320
     assert (tmp_path / "transfer" / "rollout.gif").exists()
     assert not (tmp_path / "transfer" / "library").exists()
@@ -393,11 +395,9 @@ def test_ratio_of_steps():
     """Steps to 80 %: the first report that has it. If scratch never does, the budget stands in."""
     curve = [{"step": s, "skills_a": x, "scratch_a": y} for s, x, y in
              ((10, 0.1, 0), (20, 0.8, 0.5), (30, 0.7, 0.79), (40, 1, 0.9))]  # fmt: skip
-    found = se.steps_to_solve(curve, "a")
-    assert found == {"steps_skills_a": 20, "steps_scratch_a": 40, "transfer_steps_ratio_a": 2.0}
-    assert se.steps_to_solve(curve[:3], "a")["transfer_steps_ratio_a"] == 1.5
-    assert se.steps_to_solve(curve[:3], "a")["steps_scratch_a"] is None
-    assert se.steps_to_solve(curve[:1], "a")["transfer_steps_ratio_a"] is None
+    assert se.steps_to_solve(curve, "a") == (20, 40, 2.0)
+    assert se.steps_to_solve(curve[:3], "a") == (20, None, 1.5)
+    assert se.steps_to_solve(curve[:1], "a") == (None, None, None)
 
 
 @pytest.mark.parametrize(
