@@ -13,6 +13,8 @@ import skill_embedding as se
 
 TINY = {"total_steps": 640, "num_envs": 4, "updates": 2, "batch_size": 3, "eval_episodes": 8}
 TINY |= {"transfer_steps": 320, "torch_threads": 1, "device": "cpu"}
+FULL = TINY | se.USUAL["library"]  # every argument that `learn` reads
+torch.set_num_threads(1)
 
 
 def run(out, **changes):
@@ -26,7 +28,7 @@ def rows(out):
 
 def small_learner(tasks=4, z_dim=3, embedding="gaussian", obs_dim=4, action_dim=2, window=4):
     torch.manual_seed(0)
-    return se.SkillLearner(obs_dim, action_dim, tasks, z_dim, embedding, window)
+    return se.SkillLearner(obs_dim, action_dim, tasks, z_dim, embedding, window, 1.5, 0.2)
 
 
 # --- Equations -------------------------------------------------------------------------------
@@ -140,6 +142,7 @@ def test_rewards_and_what_is_seen():
     tasks = se.GoalTasks(2, se.TASKS["library"])
     obs = tasks.reset(np.random.default_rng(0), np.array([0, 1]))
     assert obs.shape == (2, 4) and np.abs(obs[:, :2]).max() <= 0.05 / 0.25 and not obs[:, 2:].any()
+    assert obs[:, :2].std() > 0.02
     obs, reward, terminated = place(tasks, 0.8, 0.5)
     np.testing.assert_allclose(obs, [[1.2, 0, 0, 0]] * 2, atol=1e-6)
     np.testing.assert_allclose(reward, [1, math.exp(-0.18 / 0.045)])
@@ -228,33 +231,87 @@ def test_bounds_of_the_embedding():
         learner.embedding.place.mul_(1000)
         learner.embedding.width.fill_(1000)
     p = learner.embedding(torch.arange(4))
-    assert p.mean.abs().max() <= se.Z_RANGE and p.stddev.max().item() == pytest.approx(se.Z_SD[1])
+    assert p.mean.abs().max() <= se.Z_RANGE and p.stddev.max().item() == pytest.approx(0.2)
+
+
+def spied(monkeypatch, tasks=None, **changes):
+    """What skill_reward and retrace_targets are given in each update of a short `learn`."""
+    rewards, targets = [], []
+    skill_reward, retrace_targets = se.skill_reward, se.retrace_targets
+
+    def reward_spy(*inputs):
+        rewards.append((*inputs, skill_reward(*inputs)))
+        return rewards[-1][-1]
+
+    def target_spy(*inputs):
+        targets.append(inputs)
+        return retrace_targets(*inputs)
+
+    monkeypatch.setattr(se, "skill_reward", reward_spy)
+    monkeypatch.setattr(se, "retrace_targets", target_spy)
+    tasks = tasks or se.GoalTasks(4, se.TASKS["library"])
+    learner = small_learner(tasks.num_tasks, 3, "gaussian", tasks.obs_dim, tasks.action_dim)
+    args = se.Args(**FULL | changes)
+    list(se.learn(tasks, learner, 320, 2, args, np.random.default_rng(0), torch.device("cpu")))
+    monkeypatch.undo()
+    return rewards, targets
 
 
 def test_after_collection_all_ratios_are_one(monkeypatch):
-    """In the first update the policy is the behaviour; targets carry no gradient; the rewards are
-    made anew from what was stored."""
-    seen = []
-    original = se.retrace_targets
-
-    def spy(reward, terminated, value, q, log_ratio, gamma):
-        seen.append((reward, log_ratio, value, q))
-        return original(reward, terminated, value, q, log_ratio, gamma)
-
-    monkeypatch.setattr(se, "retrace_targets", spy)
-    for z_ratio in (False, True):
-        seen.clear()
-        tasks, learner = se.GoalTasks(4, se.TASKS["library"]), small_learner()
-        args = se.Args(**TINY | {"updates": 2, "z_ratio": z_ratio, "learning_rate": 0.1})
-        list(se.learn(tasks, learner, 160, 1, args, np.random.default_rng(0), torch.device("cpu")))
-        assert seen[0][1].abs().max() < 1e-5 and seen[1][1].abs().max() > 1e-3
-        assert not any(tensor.requires_grad for update in seen for tensor in update)
+    """In the first update the policy is the behaviour; later it has moved away: E_b log π/b < 0.
+    Targets carry no gradient."""
+    _, targets = spied(monkeypatch, learning_rate=0.03)
+    log_ratio = [update[4] for update in targets]
+    assert log_ratio[0].abs().max() < 1e-5 and log_ratio[1].mean() < -1e-4
+    for update in targets:
+        assert not any(x.requires_grad for x in update if isinstance(x, torch.Tensor))
 
 
-def test_learn_trains_every_network_and_frozen_ones_never():
+def test_rewards_are_made_anew(monkeypatch):
+    """What Retrace is given is eq. (1) with the present log q, and with weights that fall in the
+    second half."""
+    rewards, targets = spied(monkeypatch, learning_rate=0.03)
+    assert len(rewards) == len(targets) == 4  # two rounds of two updates
+    for (_, log_q, _, _, _, r_hat), target in zip(rewards, targets):
+        assert log_q.std() > 0 and torch.equal(r_hat, target[0])
+    weights = [(alpha2, alpha3) for *_, alpha2, alpha3, _ in rewards]
+    assert weights == [(0.2, 0.06)] * 4
+    rewards, _ = spied(monkeypatch, num_envs=1, tasks=se.GoalTasks(1, se.TASKS["versatility"]))
+    weights = [(alpha2, alpha3) for *_, alpha2, alpha3, _ in rewards[::2]]
+    left = np.minimum(1, 2 - 2 * np.arange(8) / 8)
+    np.testing.assert_allclose(weights, np.stack([0.2 * (1 + left) / 2, 0.06 * left], 1))
+
+
+def test_z_ratio_is_an_option(monkeypatch):
+    """It adds one number to all log-ratios of an episode: that of its z."""
+    changes = {"learning_rate": 0.03, "updates": 3, "batch_size": 8}
+    _, without = spied(monkeypatch, **changes)
+    _, having = spied(monkeypatch, z_ratio=True, **changes)
+    extra = having[1][4] - without[1][4]
+    assert extra.abs().max() > 1e-3 and extra.std(1).max() < 1e-3
+
+
+def test_held_skills_are_discounted_as_one_step(monkeypatch):
+    inner = se.GoalTasks(4, se.NEW_TASKS["sequencing"], in_order=True)
+    tasks = se.SkillTasks(inner, se.SkillPolicy(4, 2, 2), z_dim=2, hold=5)
+    rewards, targets = spied(monkeypatch, tasks=tasks)
+    assert len(targets) == 4 and {update[5] for update in targets} == {0.9**5}
+    assert targets[0][0].shape == (3, 8)  # eight choices, and as many environment steps as ever
+
+
+def test_inference_learns_to_tell():
+    """The likelihood of the skills in the replay rises."""
+    learner, rng = small_learner(), np.random.default_rng(0)
+    args = se.Args(**FULL | {"updates": 40, "learning_rate": 0.003})
+    tasks = se.GoalTasks(4, se.TASKS["library"])
+    reports = [r for _, r in se.learn(tasks, learner, 640, 4, args, rng, torch.device("cpu"))]
+    assert reports[-1]["log_q"] > reports[0]["log_q"] + 0.3
+
+
+def test_learn_trains_every_network():
     tasks, learner = se.GoalTasks(4, se.TASKS["library"]), small_learner()
     before = {name: value.clone() for name, value in learner.named_parameters()}
-    args = se.Args(**TINY | {"updates": 1})
+    args = se.Args(**FULL | {"updates": 1})
     progress = se.learn(tasks, learner, 320, 2, args, np.random.default_rng(0), torch.device("cpu"))
     assert [step for step, _ in progress] == [160, 320]
     for name, value in learner.named_parameters():
@@ -266,7 +323,7 @@ def test_entropies_widen(alpha, moves):
     """With nothing but its entropy to gain, p(z|t) (or the policy) gets wider."""
     tasks, learner = se.GoalTasks(4, se.TASKS["library"]), small_learner()
     weights = {"alpha1": 0.0, "alpha2": 0.0, "alpha3": 0.0} | {alpha: 1000.0}
-    args = se.Args(**TINY | weights | {"updates": 5})
+    args = se.Args(**FULL | weights | {"updates": 5})
     t, obs = torch.arange(4), torch.zeros(4, 4)
 
     def width():
@@ -313,6 +370,54 @@ def test_one_skill_for_a_whole_episode():
         assert torch.allclose(learner.policy(mean["obs"][:, 3], z).mean, mean["action"][:, 3])
 
 
+def test_evaluation_by_hand(monkeypatch):
+    """A skill that moves by z, and an inference network that reads z off the action, identify every
+    episode; shares, the worst task and solutions are those of what was solved."""
+    tasks, learner = se.GoalTasks(64, se.TASKS["versatility"]), small_learner(1, 2)
+    learner.policy.forward = lambda obs, z: se.gaussian(0.2 * z, torch.ones_like(z))
+    reads = lambda w: se.gaussian(5 * w[..., -2:], 0.01 * torch.ones_like(w[..., -2:]))  # noqa: E731
+    learner.inference.forward = reads
+    assert se.evaluate_skills(tasks, learner, 4)[0]["identifiability_top1"] == 1
+    learner.inference.forward = lambda w: reads(-w)
+    assert se.evaluate_skills(tasks, learner, 4)[0]["identifiability_top1"] < 0.2
+
+    def planted(*arguments, **options):
+        tasks.near = np.where(np.arange(64) < 32, 5, 0)
+        tasks.nearest = np.where(np.arange(64) < 16, 0, 3)
+        return episodes
+
+    episodes = se.evaluate_skills(tasks, learner, 4)[1]
+    monkeypatch.setattr(se, "roll_out", planted)
+    metrics, _ = se.evaluate_skills(tasks, learner, 4)
+    assert metrics["success_rate"] == metrics["worst_task"] == 0.5 and metrics["solved_goals"] == 0
+    assert metrics["solutions_found"] == 2 and metrics["goal_entropy_bits"] == 1
+
+
+def test_transfer_has_the_actors_it_names(tmp_path, monkeypatch):
+    """Skills choose z and hold it, scratch acts; both have the new tasks, goals in order; and the
+    policy that acts for the skills is the library's, before and after."""
+    run(tmp_path / "library")
+    seen, original = [], se.learn
+
+    def spy(tasks, learner, total_steps, *rest):
+        seen.append((tasks, total_steps))
+        return original(tasks, learner, total_steps, *rest)
+
+    monkeypatch.setattr(se, "learn", spy)
+    checkpoint = tmp_path / "library" / "checkpoint.pt"
+    run(tmp_path / "new", experiment="transfer", library=str(checkpoint), hold=4)
+    assert [type(tasks) for tasks, _ in seen] == [se.SkillTasks, se.GoalTasks] * 2
+    saved = torch.load(checkpoint, weights_only=True)["networks"]
+    for i, (tasks, steps) in enumerate(seen):
+        assert tasks.in_order and tasks.num_envs == 4 and steps == 320
+        expected = list(se.NEW_TASKS.values())[i // 2]
+        np.testing.assert_array_equal(tasks.goals, expected)
+        if i % 2 == 0:
+            assert tasks.hold == 4
+            for name, value in tasks.policy.state_dict().items():
+                assert torch.equal(value, saved[f"policy.{name}"])
+
+
 def test_evaluation_leaves_the_random_streams_alone():
     tasks, learner = se.GoalTasks(8, se.TASKS["library"]), small_learner()
     before = torch.random.get_rng_state()
@@ -326,7 +431,7 @@ def test_learns():
     torch.manual_seed(1)
     goals = se.GOALS[None, [1]]
     learner = small_learner(tasks=1, z_dim=2)
-    args = se.Args(**TINY | {"num_envs": 16, "updates": 20, "batch_size": 16, "alpha2": 0.0})
+    args = se.Args(**FULL | {"num_envs": 16, "updates": 20, "batch_size": 16, "alpha2": 0.0})
     rng = np.random.default_rng(1)
     list(se.learn(se.GoalTasks(16, goals), learner, 9_600, 1, args, rng, torch.device("cpu")))
     metrics, _ = se.evaluate_skills(se.GoalTasks(64, goals), learner, 4)
@@ -371,10 +476,8 @@ def test_same_seed_same_curve(tmp_path):
 def test_transfer_freezes_what_it_loads(tmp_path):
     run(tmp_path / "library")
     checkpoint = tmp_path / "library" / "checkpoint.pt"
-    before = checkpoint.read_bytes()
     changes = {"experiment": "transfer", "library": str(checkpoint)}
     summary = run(tmp_path / "transfer", **changes)
-    assert checkpoint.read_bytes() == before
     for task in se.NEW_TASKS:
         for name in ("success_random", "success_skills", "success_scratch"):
             assert 0 <= summary[f"{name}_{task}"] <= 1
@@ -404,6 +507,7 @@ def test_ratio_of_steps():
     "changes, message",
     [
         ({"gamma": 1.0}, "--gamma"),
+        ({"spread": -1.0}, "--spread"),
         ({"alpha2": -1.0}, "--alpha2"),
         ({"tau": 1.5}, "--tau"),
         ({"window": -1}, "--window"),
@@ -414,6 +518,9 @@ def test_ratio_of_steps():
         ({"library": "x.pt"}, "--library is for"),
         ({"experiment": "transfer", "library": "missing.pt"}, "missing.pt"),
         ({"seed": -1}, "--seed"),
+        ({"num_envs": 6}, "multiples of 4"),
+        ({"eval_episodes": 2}, "multiples of 4"),
+        ({"experiment": "transfer", "embedding": "bernoulli"}, "bits"),
     ],
 )
 def test_bad_input(changes, message, tmp_path):
@@ -422,7 +529,8 @@ def test_bad_input(changes, message, tmp_path):
 
 
 def test_a_library_that_is_none(tmp_path):
-    for name, content in {"a.pt": b"no checkpoint", "b.pt": b""}.items():
+    files = {"a.pt": b"no checkpoint", "b.pt": b"", "c.csv": b"step,seconds", "d.gif": b"GIF89a"}
+    for name, content in files.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(SystemExit, match="is no checkpoint of skills"):
             run(tmp_path / "out", experiment="transfer", library=str(tmp_path / name))
