@@ -114,6 +114,7 @@ USUAL = {  # defaults that depend on the experiment; transfer learns a library
     "one_hot": {"spread": 0.0, "z_sd": 1.0, "alpha1": 0.0, "alpha2": 0.0},  # nothing to widen
 }
 USUAL["transfer"] = USUAL["library"]
+BITS = "bits cannot be chosen by degrees: no --experiment transfer with --embedding bernoulli"
 Z_RANGE = 3.0  # bound of the means of p(z|t)
 Z_GAIN = 4.5  # of z as an input, so that what differs within a task is not overlooked
 EFFORT = 0.03  # weight of the squared mean action in eq. (5)
@@ -480,14 +481,15 @@ def train(args):
         "episodes": budget >= N * T,
         f"--hold must divide {T}": T % args.hold == 0,
         "--library is for --experiment transfer": transfers or not args.library,
-        "bits cannot be chosen by degrees: no --experiment transfer with --embedding bernoulli":
-            not (transfers and args.embedding == "bernoulli"),
+        BITS: not (transfers and args.embedding == "bernoulli"),
     }  # fmt: skip
     for rule, holds in rules.items():
         if not holds:
             raise SystemExit(f"error: {rule}")
     device = prepare(args)
     library = load_skills(args.library, device) if args.library else None  # or nothing is touched
+    if library and library.embedding.kind == "bernoulli":
+        raise SystemExit(f"error: {BITS}")
     out = open_run(args, f"{args.experiment}_{args.embedding}_s{args.seed}", device)
     if transfers:
         return train_transfer(args, library, out, device)
@@ -704,8 +706,8 @@ def draw_film(tasks, count=4):
 
 @torch.no_grad()
 def plot_skills(path, tasks, learner, z):
-    """Episodes coloured by z; where z is; and a walk in z, from the middle of p(z|first task) to
-    that of the last one, or along its first number where there is one task only."""
+    """Episodes coloured by z; where z is; a walk in z, from the middle of p(z|first task) to that
+    of the last one, or along its first number if there is one task only; and the divergences."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Circle, Ellipse
 
@@ -724,13 +726,14 @@ def plot_skills(path, tasks, learner, z):
         axis.set(xlim=(0.05, 0.95), ylim=(0.95, 0.05), xlabel="y (frame widths)", ylabel="x")
         axis.set_aspect("equal")
 
-    figure = Figure(figsize=(13.5, 4.5), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    K = tasks.num_tasks
+    compares = K > 1 and learner.embedding.kind == "gaussian"
+    figure = Figure(figsize=(17.5 if compares else 13.5, 4.5), layout="constrained")
+    left, middle, right, *more = figure.subplots(1, 3 + compares)
     places = np.stack(tasks.path, axis=1)
     draw_paths(left, places[:128], colour(pad(z)))
     left.set_title("episodes, coloured by z (dashed: goals)")
 
-    K = tasks.num_tasks
     p = learner.embedding(torch.arange(K, device=z.device))
     middle.scatter(*pad(z).T[:2], c=colour(pad(z)), s=8)
     for k, (where, width) in enumerate(zip(pad(p.mean), pad(p.stddev))):
@@ -747,6 +750,14 @@ def plot_skills(path, tasks, learner, z):
     roll_out(walkers, learner.policy, np.random.default_rng(0), task, walk, noise=False)
     draw_paths(right, np.stack(walkers.path, axis=1), colour(pad(walk)))
     right.set_title("a walk in z, " + (f"task 1 to task {K}" if K > 1 else "along z1"))
+    for axis in more:
+        kl = divergences(p).cpu().numpy()
+        axis.imshow(np.log1p(kl), cmap="Blues", vmax=12)
+        for i, j in np.ndindex(K, K):
+            axis.text(j, i, f"{kl[i, j]:.3g}", ha="center", va="center")
+        axis.set_xticks(range(K), range(1, K + 1))
+        axis.set_yticks(range(K), range(1, K + 1))
+        axis.set(xlabel="task j", ylabel="task i", title="KL(p(z|i) ‖ p(z|j)), nats")
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))
 
 

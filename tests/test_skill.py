@@ -539,6 +539,14 @@ def test_a_library_that_is_none(tmp_path):
         run(tmp_path / "out", experiment="transfer", library=str(tmp_path / "c.pt"))
 
 
+def test_bits_are_no_library(tmp_path):
+    run(tmp_path / "bits", embedding="bernoulli")
+    with pytest.raises(SystemExit, match="bits"):
+        checkpoint = str(tmp_path / "bits" / "checkpoint.pt")
+        run(tmp_path / "out", experiment="transfer", library=checkpoint)
+    assert not (tmp_path / "out").exists()
+
+
 def test_finished_runs_are_kept(tmp_path):
     run(tmp_path)
     with pytest.raises(SystemExit, match="--overwrite"):
