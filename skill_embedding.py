@@ -109,7 +109,7 @@ NEW_TASKS = {  # to reuse them for, (1, G, 2): goals to visit one after the othe
 }
 USUAL = {  # defaults that depend on the experiment; transfer learns a library
     "library": {"spread": 1.5, "z_sd": 0.2, "alpha1": 2.0, "alpha2": 0.2},
-    "generality": {"spread": 0.3, "z_sd": 0.2, "alpha1": 2.0, "alpha2": 0.2},  # nearly alike
+    "generality": {"spread": 0.0, "z_sd": 0.2, "alpha1": 2.0, "alpha2": 0.2},  # all start alike
     "versatility": {"spread": 0.0, "z_sd": 1.0, "alpha1": 5.0, "alpha2": 0.5},  # room for one task
     "one_hot": {"spread": 0.0, "z_sd": 1.0, "alpha1": 0.0, "alpha2": 0.0},  # nothing to widen
 }
