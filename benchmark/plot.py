@@ -585,15 +585,14 @@ def skill_runs(rows, experiment, embedding, apart):
 
 
 def draw_seeds(axis, runs, column, label, colour, dashes="-"):
-    """One column against steps: every seed, their mean, and its interval."""
+    """One column against steps: every seed, and their median (with three seeds an interval would
+    say no more, and success on a new task is all or nothing)."""
     if not runs:
         return
     steps = np.array([row["step"] for row in runs[0]]) / 1000
     values = np.array([[row[column] for row in run] for run in runs])
-    mean, low, high = interval(values)
-    axis.plot(steps, values.T, color=colour, lw=0.5, alpha=0.35)
-    axis.plot(steps, mean, dashes, color=colour, lw=1.8, label=label)
-    axis.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
+    axis.plot(steps, values.T, dashes, color=colour, lw=0.7, alpha=0.5)
+    axis.plot(steps, np.median(values, axis=0), dashes, color=colour, lw=1.8, label=label)
 
 
 def skill_figure(rows):
@@ -640,7 +639,7 @@ def skill_tables(finals):
 
             cells = [experiment, embedding, each("success_rate", "{:.2f}")]
             cells += [each("worst_task", "{:.2f}"), each("identifiability_top1", "{:.2f}")]
-            cells += [each("solutions_found", "{:.0f}"), each("kl_duplicate", "{:.2f}")]
+            cells += [each("solutions_found", "{:.0f}"), each("kl_duplicate", "{:.1g}")]
             cells += [each("kl_others", "{:.1f}")]
             cells.append(f"{np.median([run['minutes'] for run in runs]):.1f}")
             library.append("| " + " | ".join(cells) + " |")
@@ -659,7 +658,7 @@ def skill_tables(finals):
                 if how == "skills":
                     ratios = [run[f"transfer_steps_ratio_{task}"] for run in runs]
                     never = [np.isnan(run[f"steps_scratch_{task}"]) for run in runs]
-                    cells[4] = ", ".join("-" if np.isnan(r) else f"{'> ' * n}{r:.1f}"
+                    cells[4] = ", ".join("-" if np.isnan(r) else f"{'> ' * int(n)}{r:.1f}"
                                          for r, n in zip(ratios, never))  # fmt: skip
                     chance = [f"{run[f'success_random_{task}']:.2f}" for run in runs]
                     cells[5] = ", ".join(chance)
