@@ -61,13 +61,13 @@ Writes
     (if scratch never got there, its budget counts: at least so many times).
 
 Result
-    Seeds 1, 2, 3 (python benchmark/study.py --study skill), 2.2 minutes a run on one idle thread of
-    an AMD EPYC, transfer 3.4 with its library:
-        library      success 0.98, 0.94, 0.97, each task above 0.9; top-1 of 64: 0.37, 0.31, 0.16
-        generality   KLTEXT
-        versatility  solutions found: bernoulli 4, 4, 3 (success 1.00); gaussian 2, 3, 2 (0.44)
-        transfer     sequencing: SEQTEXT
-                     interpolation: INTTEXT
+    Seeds 1, 2, 3 (python benchmark/study.py --study skill); a library takes 2.2 minutes on one
+    thread of an AMD EPYC, transfer 1 to 3 more:
+      library      success 0.98, 0.94, 0.97, every task above 0.9; top-1 of 64: 0.37, 0.31, 0.16
+      generality   KL 0.001, 0.001, 0.003 to the same task, 4.7, 3.6, 5.4 to the nearest other one
+      versatility  solutions found: bernoulli 4, 4, 3 (success 1.00); gaussian 2, 3, 2 (0.41-0.47)
+      transfer     steps to 80 %: sequencing 3,200, 3,840, 9,600, scratch not within 25,600;
+                   interpolation 12,160, never, 4,480, scratch 5,120, 3,840, 3,840
 
 Try
     1. --alpha2 0, then --alpha2 0.3: what do skills.png and identifiability_top1 say?
