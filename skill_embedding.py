@@ -123,6 +123,7 @@ USUAL["transfer"] = USUAL["library"]
 BITS = "bits cannot be chosen by degrees: no --experiment transfer with --embedding bernoulli"
 Z_RANGE = 3.0  # bound of the means of p(z|t)
 Z_GAIN = 4.5  # of z as an input, so that what differs within a task is not overlooked
+TAU = 0.01  # how fast the target critic follows
 EFFORT = 0.03  # weight of the squared mean action in eq. (5)
 
 
@@ -144,7 +145,6 @@ class Args:
     updates: int = 40  # gradient steps after a round
     batch_size: int = 32  # episodes of an update, B
     learning_rate: float = 1e-3  # of Adam; falls to zero over the second half
-    tau: float = 0.01  # how fast the target critic follows
     library: str | None = None  # transfer: a checkpoint.pt of skills (default: learn them first)
     hold: int = 5  # transfer: steps for which a chosen z is acted on
     transfer_steps: int = 25_600  # transfer: environment steps for each new task and learner
@@ -446,7 +446,7 @@ def learn(tasks, learner, total_steps, reports, args, rng, device):
             critic_optimizer.zero_grad()
             critic_loss.backward()
             critic_optimizer.step()
-            polyak_(critic_target, learner.critic, args.tau)
+            polyak_(critic_target, learner.critic, TAU)
 
             # policy and embedding, eq. (5): another skill for every step, the states are old ones
             t = t.expand(before.shape[:-1])
@@ -470,7 +470,7 @@ def train(args):
     """One run of an experiment; returns the content of summary.json."""
     usual = USUAL["one_hot" if args.embedding == "one_hot" else args.experiment]
     args = replace(args, **{k: v for k, v in usual.items() if getattr(args, k) is None})
-    check(args, "gamma total_steps num_envs updates batch_size learning_rate tau eval_episodes")
+    check(args, "gamma total_steps num_envs updates batch_size learning_rate eval_episodes")
     check(args, "z_sd hold transfer_steps")
     transfers, N, T = args.experiment == "transfer", args.num_envs, GoalTasks.steps
     K = len(TASKS["library" if transfers else args.experiment])
@@ -478,7 +478,7 @@ def train(args):
     rules = {
         "--alpha1, --alpha2, --alpha3, --window and --spread must be 0 or more":
             min(args.alpha1, args.alpha2, args.alpha3, args.window, args.spread) >= 0,
-        "--gamma must be below 1, --tau at most 1": args.gamma < 1 and args.tau <= 1,
+        "--gamma must be below 1": args.gamma < 1,
         f"--num-envs and --eval-episodes must be multiples of {K}, the number of tasks":
             N % K == 0 and args.eval_episodes % K == 0,
         "--z-dim must be positive, and is K with --embedding one_hot":

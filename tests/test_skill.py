@@ -509,7 +509,6 @@ def test_ratio_of_steps():
         ({"gamma": 1.0}, "--gamma"),
         ({"spread": -1.0}, "--spread"),
         ({"alpha2": -1.0}, "--alpha2"),
-        ({"tau": 1.5}, "--tau"),
         ({"window": -1}, "--window"),
         ({"total_steps": 100}, "at least 160"),
         ({"hold": 7}, "--hold must divide 40"),
