@@ -113,13 +113,15 @@ NEW_TASKS = {  # to reuse them for, (1, G, 2): goals to visit one after the othe
     "interpolation": np.full((1, 1, 2), 0.5 + 0.3 * np.sqrt(0.5)),  # halfway between two
     "sequencing": GOALS[None, [0, 2]],
 }
-USUAL = {  # defaults that depend on the experiment; transfer learns a library
-    "library": {"spread": 1.5, "z_sd": 0.2, "alpha1": 2.0, "alpha2": 0.2},
-    "generality": {"spread": 0.0, "z_sd": 0.2, "alpha1": 2.0, "alpha2": 0.2},  # all start alike
+USUAL = {  # defaults that depend on the experiment
+    "library": {"spread": 1.5, "z_sd": 0.2, "alpha1": 2.0, "alpha2": 0.2, "total_steps": 192_000},
+    "generality": {"spread": 0.0},  # all tasks start alike
     "versatility": {"spread": 0.0, "z_sd": 1.0, "alpha1": 5.0, "alpha2": 0.5},  # room for one task
-    "one_hot": {"spread": 0.0, "z_sd": 1.0, "alpha1": 0.0, "alpha2": 0.0},  # nothing to widen
+    "transfer": {},
+    "one_hot": {"alpha1": 0.0, "alpha2": 0.0},  # nothing to widen, nothing to tell apart
 }
-USUAL["transfer"] = USUAL["library"]
+for name in ("generality", "versatility", "transfer"):
+    USUAL[name] = USUAL["library"] | {"total_steps": 128_000} | USUAL[name]
 BITS = "bits cannot be chosen by degrees: no --experiment transfer with --embedding bernoulli"
 Z_RANGE = 3.0  # bound of the means of p(z|t)
 Z_GAIN = 4.5  # of z as an input, so that what differs within a task is not overlooked
@@ -140,7 +142,7 @@ class Args:
     window: int = 4  # H, steps that the inference network looks back
     z_ratio: bool = False  # have p(z|t) / b(z|t) in c, as printed in the paper
     gamma: float = 0.9  # discount factor per step
-    total_steps: int = 128_000  # environment steps to learn skills in, rounded down to rounds
+    total_steps: int | None = None  # environment steps, rounded down to rounds (default: see USUAL)
     num_envs: int = 16  # episodes of a round, N
     updates: int = 40  # gradient steps after a round
     batch_size: int = 32  # episodes of an update, B
@@ -468,7 +470,7 @@ def learn(tasks, learner, total_steps, reports, args, rng, device):
 
 def train(args):
     """One run of an experiment; returns the content of summary.json."""
-    usual = USUAL["one_hot" if args.embedding == "one_hot" else args.experiment]
+    usual = USUAL[args.experiment] | (USUAL["one_hot"] if args.embedding == "one_hot" else {})
     args = replace(args, **{k: v for k, v in usual.items() if getattr(args, k) is None})
     check(args, "gamma total_steps num_envs updates batch_size learning_rate eval_episodes")
     check(args, "z_sd hold transfer_steps")
