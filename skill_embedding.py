@@ -61,9 +61,9 @@ Writes
     (if scratch never got there, its budget counts: at least so many times).
 
 Result
-    Seeds 1, 2, 3 (python benchmark/study.py --study skill); a library takes 2.2 minutes on one
-    thread of an AMD EPYC, transfer 1 to 3 more:
-      library      success 0.98, 0.94, 0.97, every task above 0.9; top-1 of 64: 0.37, 0.31, 0.16
+    Seeds 1, 2, 3 (python benchmark/study.py --study skill); a library takes 3.4 minutes on one
+    thread of an AMD EPYC, transfer 1 to 3 after a shorter one:
+      library      success 0.96, 0.93, 0.98, worst task 0.91, 0.89, 0.95; top-1 0.61, 0.49, 0.34
       generality   KL 0.001, 0.001, 0.003 to the same task, 4.7, 3.6, 5.4 to the nearest other one
       versatility  solutions found: bernoulli 4, 4, 3 (success 1.00); gaussian 2, 3, 2 (0.41-0.47)
       transfer     steps to 80 %: sequencing 3,200, 3,840, 9,600, scratch not within 25,600;
