@@ -116,8 +116,8 @@ def test_bits_pass_gradients_straight_through():
 
 
 def test_identified():
-    log_q = torch.tensor([[1.0, 0.0, 0.0], [3.0, 2.0, 0.0], [0.0, 0.0, 9.0]])
-    assert se.identified(log_q) == pytest.approx(2 / 3)
+    log_q = torch.tensor([[1.0, 0.0, 0.0], [3.0, 2.0, 0.0], [4.0, 0.0, 3.0]])
+    assert se.identified(log_q) == pytest.approx(1 / 3)  # the first one only
 
 
 # --- Tasks -----------------------------------------------------------------------------------
@@ -283,12 +283,35 @@ def test_rewards_are_made_anew(monkeypatch):
 
 
 def test_z_ratio_is_an_option(monkeypatch):
-    """It adds one number to all log-ratios of an episode: that of its z."""
+    """It adds log p(z|t) / b(z|t) to all log-ratios of an episode, one number for its z."""
     changes = {"learning_rate": 0.03, "updates": 3, "batch_size": 8}
     _, without = spied(monkeypatch, **changes)
     _, having = spied(monkeypatch, z_ratio=True, **changes)
     extra = having[1][4] - without[1][4]
     assert extra.abs().max() > 1e-3 and extra.std(1).max() < 1e-3
+    add = se.TrajectoryReplay.add
+
+    def add_likelier(self, episodes):  # as if b had been e times p
+        add(self, episodes | {"log_b_z": episodes["log_b_z"] + 1})
+
+    monkeypatch.setattr(se.TrajectoryReplay, "add", add_likelier)
+    _, having = spied(monkeypatch, z_ratio=True, **changes)
+    torch.testing.assert_close(having[0][4], torch.full_like(having[0][4], -1.0))
+
+
+def test_values_are_those_of_the_slow_critic(monkeypatch):
+    """Made to follow once an update, it is asked for V at sampled actions and for Q̄ at stored."""
+
+    def follow(slow, fast, tau):
+        assert tau == se.TAU and slow is not fast
+        slow.forward = lambda obs, action, z, task: 100 + action[..., 0]
+
+    monkeypatch.setattr(se, "polyak_", follow)
+    _, targets = spied(monkeypatch)
+    assert len(targets) == 4 and targets[0][2].abs().max() < 50
+    for _, _, value, q_bar, *_ in targets[1:]:
+        for x in (value, q_bar):
+            assert abs(x.mean() - 100) < 0.5 and x.std() > 0.3
 
 
 def test_held_skills_are_discounted_as_one_step(monkeypatch):
@@ -299,13 +322,24 @@ def test_held_skills_are_discounted_as_one_step(monkeypatch):
     assert targets[0][0].shape == (3, 8)  # eight choices, and as many environment steps as ever
 
 
-def test_inference_learns_to_tell():
+def test_inference_learns_to_tell(monkeypatch):
     """The likelihood of the skills in the replay rises."""
-    learner, rng = small_learner(), np.random.default_rng(0)
-    args = se.Args(**FULL | {"updates": 40, "learning_rate": 0.003})
-    tasks = se.GoalTasks(4, se.TASKS["library"])
-    reports = [r for _, r in se.learn(tasks, learner, 640, 4, args, rng, torch.device("cpu"))]
-    assert reports[-1]["log_q"] > reports[0]["log_q"] + 0.3
+    rewards, _ = spied(monkeypatch, updates=80, learning_rate=0.003)
+    log_q = [update[1].mean() for update in rewards]
+    assert sum(log_q[-10:]) / 10 > sum(log_q[:10]) / 10 + 0.3
+
+
+def test_three_optimizers_whose_rates_fall(monkeypatch):
+    """Every parameter is in exactly one; in the last of four rounds half the rate is left."""
+    made, adam = [], torch.optim.Adam
+    spy = lambda *args, **options: made.append(adam(*args, **options)) or made[-1]  # noqa: E731
+    monkeypatch.setattr(torch.optim, "Adam", spy)
+    tasks, learner = se.GoalTasks(4, se.TASKS["library"]), small_learner()
+    args = se.Args(**FULL | {"learning_rate": 0.01})
+    list(se.learn(tasks, learner, 640, 1, args, np.random.default_rng(0), torch.device("cpu")))
+    stepped = [p for optimizer in made for p in optimizer.param_groups[0]["params"]]
+    assert len(stepped) == len({*stepped}) == len([*learner.parameters()])
+    assert [optimizer.param_groups[0]["lr"] for optimizer in made] == [0.005] * 3
 
 
 def test_learn_trains_every_network():
