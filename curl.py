@@ -52,8 +52,8 @@ Run
     python curl.py --mode curl_unaugmented_sac --distractors 2
 
 Writes
-    to runs/curl/<mode>_d<distractors>_s<seed>/: args.json, curve.csv, curve.png (and what a linear
-    probe reads off), rollout.gif, checkpoint.pt (at every report), neighbours.png (from pixels).
+    to runs/curl/<mode>_d<distractors>_s<seed>/: args.json, curve.csv, curve.png, rollout.gif,
+    checkpoint.pt (at every report), neighbours.png (from pixels) and
     summary.json: `eval_return_mean`, `eval_return_std`, `eval_episodes`, `score` (0 random, 1
     chasing with known velocity), `updates`, `minutes`; with a contrastive loss
     `contrastive_accuracy` (mean of the last twentieth of the run; 1/B by chance); from pixels
@@ -70,7 +70,7 @@ Result
 
 Try
     1. --mode rad, then --mode pixel: what did the contrastive loss add, what did the shift?
-    2. --distractors 2: which bars change? Does the code drop what earns nothing?
+    2. --distractors 2: which R² change? Does the code drop what earns nothing?
     3. Give the keys the query's own offsets: what happens to the accuracy, and to the return?
 """
 
@@ -79,7 +79,6 @@ import csv
 import ctypes
 import json
 import math
-import os
 import platform
 import shutil
 import subprocess
@@ -454,7 +453,11 @@ def train(args):
         r2 = {name: probe(code, states) for name, code in codes.items()}
         summary |= {"probe_r2" + f"_{name}" * (name != "encoder"): r2[name] for name in r2}
         plot_neighbours(out / "neighbours.png", codes, states, shapes)
-    plot_run(out / "curve.png", log.rows, r2, args)
+    panels = [("return of a 40-step episode", ("train_return", "eval_return"))]
+    if contrastive:
+        panels += [(f"keys found (1/B: {1 / args.batch_size:.3f})", ("contrastive_accuracy",))]
+    levels = sprites_env.REFERENCE_RETURNS["follow"].items()
+    plot_curve(out / "curve.png", log.rows, panels, "environment steps", levels)
     film = []
     evaluate(remembering(policy, frames), make_env(4, "rgb_array"), film)
     save_gif(out / "rollout.gif", film)
@@ -557,34 +560,23 @@ def plot_neighbours(path, codes, states, shapes):
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=80))
 
 
-def plot_run(path, rows, r2, args):
-    """Returns, between those of scripted controllers; accuracy of a contrastive loss; R² by
-    features and quantity, a dict of dicts, empty without an encoder."""
+def plot_curve(path, rows, panels, x_label, levels=(), offline=0):
+    """A panel for each (y label, columns of curve.csv); dashed: levels (name, y); grey: offline."""
     from matplotlib.figure import Figure
 
-    contrastive = "contrastive_accuracy" in rows[0]
-    figure = Figure(figsize=(15 if r2 else 6, 4), layout="constrained")
-    axis, *more = figure.subplots(1, 1 + contrastive + bool(r2), squeeze=False)[0]
-    steps = [row["step"] for row in rows]
-    for column, style in (("train_return", "C0:"), ("eval_return", "C0-")):
-        axis.plot(steps, [row[column] for row in rows], style, label=column.replace("_", " "))
-    for name, level in sprites_env.REFERENCE_RETURNS["follow"].items():
-        axis.axhline(level, color="grey", lw=0.8, ls="--", zorder=0)
-        axis.annotate(name, (0, level), xycoords=("axes fraction", "data"), color="grey", size=8)
-    axis.set(xlabel="environment steps", ylabel="return of a 40-step episode")
-    axis.set_title(f"{args.mode}, distractors: {args.distractors}, seed: {args.seed}")
-    axis.legend(loc="lower right")
-    if contrastive:
-        more[0].plot(steps, [row["contrastive_accuracy"] for row in rows], "C1")
-        more[0].axhline(1 / args.batch_size, color="grey", lw=0.8, ls="--")
-        more[0].set(ylim=(0, 1.02), title="a query finds its own key (dashed: 1/B)")
-    for i, (features, values) in enumerate(r2.items()):
-        at, label = np.arange(len(values)) + 0.27 * (i - 1), features.replace("_", " ")
-        bars = more[-1].bar(at, [max(v, 0) for v in values.values()], 0.25, label=label)
-        more[-1].bar_label(bars, [f"{v:.2f}" for v in values.values()], fontsize=7)
-        more[-1].set_xticks(range(len(values)), [n.replace("_", "\n") for n in values])
-        more[-1].set(ylim=(0, 1.15), title="R² of a linear probe, unseen episodes")
-        more[-1].legend(fontsize=8, ncols=3)
+    figure = Figure(figsize=(5 * max(1.2, len(panels)), 3.8), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    axes[0].axvspan(0, offline, color="grey", alpha=0.15, lw=0)
+    for name, y in levels:
+        axes[0].axhline(y, color="grey", lw=0.8, ls="--", zorder=0)
+        axes[0].annotate(name, (0, y), xycoords=("axes fraction", "data"), color="grey", size=8)
+    for axis, (y_label, names) in zip(axes, panels):
+        for name in names:
+            values = [row[name] for row in rows]
+            axis.plot([row["step"] for row in rows], values, label=name.replace("_", " "))
+        axis.set(xlabel=x_label, ylabel=y_label, yscale="log" if "error" in y_label else "linear")
+        axis.legend(fontsize=8)
+    figure.suptitle(path.parent.name, fontsize=10)
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))
 
 
@@ -638,8 +630,8 @@ def check(args, positive):
     """End with one line if one of these arguments is not above zero, or the seed is unusable."""
     for name in positive.split():
         if not getattr(args, name) > 0:
-            flag = "--" + name.replace("_", "-")
-            raise SystemExit(f"error: {flag} must be positive, not {getattr(args, name)}")
+            flag = name.replace("_", "-")
+            raise SystemExit(f"error: --{flag} must be positive, not {getattr(args, name)}")
     if not 0 <= args.seed < 10_000:  # evaluation and held-out data use seeds from 10**9 on
         raise SystemExit(f"error: --seed must be in 0 ... 9999, not {args.seed}")
 
@@ -685,7 +677,7 @@ def write_whole(path, save):
     """Write a file whole or not at all: `save` fills a temporary file, which is then renamed."""
     temporary = path.with_name("unfinished_" + path.name)
     save(temporary)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 class Log:

@@ -67,7 +67,6 @@ import csv
 import ctypes
 import json
 import math
-import os
 import platform
 import shutil
 import subprocess
@@ -375,7 +374,9 @@ def train(args):
         "steps": log.total,
         "minutes": round(log.minutes(), 2),
     }
-    plot_returns(out / "curve.png", log.rows, args)
+    panels = [("return of a 40-step episode", ("train_return", "eval_return"))]
+    levels = sprites_env.REFERENCE_RETURNS[args.task].items()
+    plot_curve(out / "curve.png", log.rows, panels, "environment steps", levels)
     film = []
     evaluate(policy, make_env(4, "rgb_array"), film)
     save_gif(out / "rollout.gif", film)
@@ -462,21 +463,23 @@ def save_gif(path, film, milliseconds=100):
     write_whole(path, lambda temporary: first.save(temporary, **settings))
 
 
-def plot_returns(path, rows, args):
-    """The learning curve between the returns of hand-written controllers."""
+def plot_curve(path, rows, panels, x_label, levels=(), offline=0):
+    """A panel for each (y label, columns of curve.csv); dashed: levels (name, y); grey: offline."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axis = figure.subplots()
-    steps = [row["step"] for row in rows]
-    for column, style in (("train_return", "C0:"), ("eval_return", "C0-")):
-        axis.plot(steps, [row[column] for row in rows], style, label=column.replace("_", " "))
-    for name, level in sprites_env.REFERENCE_RETURNS[args.task].items():
-        axis.axhline(level, color="grey", lw=0.8, ls="--", zorder=0)
-        axis.annotate(name, (0, level), xycoords=("axes fraction", "data"), color="grey", size=8)
-    axis.set(xlabel="environment steps", ylabel="return of a 40-step episode")
-    axis.set_title(f"PPO, {args.encoder}, distractors: {args.distractors}, seed: {args.seed}")
-    axis.legend(loc="lower right")
+    figure = Figure(figsize=(5 * max(1.2, len(panels)), 3.8), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    axes[0].axvspan(0, offline, color="grey", alpha=0.15, lw=0)
+    for name, y in levels:
+        axes[0].axhline(y, color="grey", lw=0.8, ls="--", zorder=0)
+        axes[0].annotate(name, (0, y), xycoords=("axes fraction", "data"), color="grey", size=8)
+    for axis, (y_label, names) in zip(axes, panels):
+        for name in names:
+            values = [row[name] for row in rows]
+            axis.plot([row["step"] for row in rows], values, label=name.replace("_", " "))
+        axis.set(xlabel=x_label, ylabel=y_label, yscale="log" if "error" in y_label else "linear")
+        axis.legend(fontsize=8)
+    figure.suptitle(path.parent.name, fontsize=10)
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))
 
 
@@ -489,8 +492,8 @@ def check(args, positive):
     """End with one line if one of these arguments is not above zero, or the seed is unusable."""
     for name in positive.split():
         if not getattr(args, name) > 0:
-            flag = "--" + name.replace("_", "-")
-            raise SystemExit(f"error: {flag} must be positive, not {getattr(args, name)}")
+            flag = name.replace("_", "-")
+            raise SystemExit(f"error: --{flag} must be positive, not {getattr(args, name)}")
     if not 0 <= args.seed < 10_000:  # evaluation and held-out data use seeds from 10**9 on
         raise SystemExit(f"error: --seed must be in 0 ... 9999, not {args.seed}")
 
@@ -536,7 +539,7 @@ def write_whole(path, save):
     """Write a file whole or not at all: `save` fills a temporary file, which is then renamed."""
     temporary = path.with_name("unfinished_" + path.name)
     save(temporary)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 class Log:

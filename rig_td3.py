@@ -71,7 +71,6 @@ import csv
 import ctypes
 import json
 import math
-import os
 import platform
 import shutil
 import subprocess
@@ -469,7 +468,10 @@ def train(args):
         summary |= {"probe_r2": min(r2), "vae_minutes": round(vae_minutes, 2)}
         plot_imagination(out, decoder, mean, sd)
     plot_reached(out, start, goal, path, shapes)
-    plot_distances(out / "curve.png", log.rows, untouched, args)
+    names = ("agent", "block")[:moved]
+    panels = [("final distance (frame widths)", [f"final_{name}_distance" for name in names])]
+    levels = [(f"{name}, untouched", y) for name, y in zip(names, untouched)]
+    plot_curve(out / "curve.png", log.rows, panels, "environment steps", levels)
     summary["minutes"] = round(log.minutes(), 2)
     write_whole(out / "summary.json", lambda t: t.write_text(json.dumps(summary, indent=1)))
     return summary
@@ -566,20 +568,23 @@ def plot_images(path, rows, labels):
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))
 
 
-def plot_distances(path, rows, untouched, args):
-    """Distances to the goal at the end of an episode; dashed: had nothing been done."""
+def plot_curve(path, rows, panels, x_label, levels=(), offline=0):
+    """A panel for each (y label, columns of curve.csv); dashed: levels (name, y); grey: offline."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axis = figure.subplots()
-    for name, level, colour in zip(("agent", "block"), untouched, ("C0", "C1")):
-        if level > 0:
-            distances = [row[f"final_{name}_distance"] for row in rows]
-            axis.plot([row["step"] for row in rows], distances, colour, label=name)
-            axis.axhline(level, color=colour, lw=0.8, ls="--")
-    axis.set(xlabel="environment steps", ylabel="final distance (frame widths)", ylim=(0, None))
-    axis.set_title(f"{args.task}, goals: {args.goals}, seed: {args.seed}")
-    axis.legend()
+    figure = Figure(figsize=(5 * max(1.2, len(panels)), 3.8), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    axes[0].axvspan(0, offline, color="grey", alpha=0.15, lw=0)
+    for name, y in levels:
+        axes[0].axhline(y, color="grey", lw=0.8, ls="--", zorder=0)
+        axes[0].annotate(name, (0, y), xycoords=("axes fraction", "data"), color="grey", size=8)
+    for axis, (y_label, names) in zip(axes, panels):
+        for name in names:
+            values = [row[name] for row in rows]
+            axis.plot([row["step"] for row in rows], values, label=name.replace("_", " "))
+        axis.set(xlabel=x_label, ylabel=y_label, yscale="log" if "error" in y_label else "linear")
+        axis.legend(fontsize=8)
+    figure.suptitle(path.parent.name, fontsize=10)
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))
 
 
@@ -640,8 +645,8 @@ def check(args, positive):
     """End with one line if one of these arguments is not above zero, or the seed is unusable."""
     for name in positive.split():
         if not getattr(args, name) > 0:
-            flag = "--" + name.replace("_", "-")
-            raise SystemExit(f"error: {flag} must be positive, not {getattr(args, name)}")
+            flag = name.replace("_", "-")
+            raise SystemExit(f"error: --{flag} must be positive, not {getattr(args, name)}")
     if not 0 <= args.seed < 10_000:  # evaluation and held-out data use seeds from 10**9 on
         raise SystemExit(f"error: --seed must be in 0 ... 9999, not {args.seed}")
 
@@ -687,7 +692,7 @@ def write_whole(path, save):
     """Write a file whole or not at all: `save` fills a temporary file, which is then renamed."""
     temporary = path.with_name("unfinished_" + path.name)
     save(temporary)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 class Log:

@@ -80,7 +80,6 @@ import csv
 import ctypes
 import json
 import math
-import os
 import platform
 import shutil
 import subprocess
@@ -776,20 +775,23 @@ def write_summary(out, summary, log):
     return summary
 
 
-def plot_curve(path, rows, panels, x_label):
-    """One panel per (y label, names of columns); `rows` are those of curve.csv."""
+def plot_curve(path, rows, panels, x_label, levels=(), offline=0):
+    """A panel for each (y label, columns of curve.csv); dashed: levels (name, y); grey: offline."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * len(panels), 3.5), layout="constrained")
+    figure = Figure(figsize=(5 * max(1.2, len(panels)), 3.8), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    axes[0].axvspan(0, offline, color="grey", alpha=0.15, lw=0)
+    for name, y in levels:
+        axes[0].axhline(y, color="grey", lw=0.8, ls="--", zorder=0)
+        axes[0].annotate(name, (0, y), xycoords=("axes fraction", "data"), color="grey", size=8)
     for axis, (y_label, names) in zip(axes, panels):
         for name in names:
-            axis.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
-        axis.set(xlabel=x_label, ylabel=y_label)
-        if "error" in y_label:
-            axis.set_yscale("log")
-        axis.grid(alpha=0.3)
+            values = [row[name] for row in rows]
+            axis.plot([row["step"] for row in rows], values, label=name.replace("_", " "))
+        axis.set(xlabel=x_label, ylabel=y_label, yscale="log" if "error" in y_label else "linear")
         axis.legend(fontsize=8)
+    figure.suptitle(path.parent.name, fontsize=10)
     write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))
 
 
@@ -823,8 +825,8 @@ def check(args, positive):
     """End with one line if one of these arguments is not above zero, or the seed is unusable."""
     for name in positive.split():
         if not getattr(args, name) > 0:
-            flag = "--" + name.replace("_", "-")
-            raise SystemExit(f"error: {flag} must be positive, not {getattr(args, name)}")
+            flag = name.replace("_", "-")
+            raise SystemExit(f"error: --{flag} must be positive, not {getattr(args, name)}")
     if not 0 <= args.seed < 10_000:  # evaluation and held-out data use seeds from 10**9 on
         raise SystemExit(f"error: --seed must be in 0 ... 9999, not {args.seed}")
 
@@ -870,7 +872,7 @@ def write_whole(path, save):
     """Write a file whole or not at all: `save` fills a temporary file, which is then renamed."""
     temporary = path.with_name("unfinished_" + path.name)
     save(temporary)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 class Log:

@@ -25,7 +25,7 @@ def run(out, **changes):
 def quick(monkeypatch):
     """A smaller probe and no pictures."""
     monkeypatch.setattr(curl, "PROBE_EPISODES", 8)
-    for name in ("plot_run", "plot_neighbours", "save_gif"):
+    for name in ("plot_curve", "plot_neighbours", "save_gif"):
         monkeypatch.setattr(curl, name, lambda *_: None)
 
 
@@ -236,7 +236,7 @@ def test_runs_and_is_deterministic(tmp_path, monkeypatch, mode, capsys):
     distractors = MODES.index(mode) % 3
     summary = run(tmp_path / "a", mode=mode, distractors=distractors)
     assert f"{2 * 2 * 41 * (32 if mode == 'state' else 4096):,} bytes" in capsys.readouterr().out
-    for name in ("plot_run", "plot_neighbours", "save_gif"):
+    for name in ("plot_curve", "plot_neighbours", "save_gif"):
         monkeypatch.setattr(curl, name, lambda *_: None)
     again = run(tmp_path / "b", mode=mode, distractors=distractors)
     again["minutes"] = summary["minutes"]
