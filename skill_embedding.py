@@ -36,7 +36,7 @@ Differs from the paper
        apart in z (--spread); in the paper they start alike, as in generality here.
     5. log q is cut off at ±3. 0.03 E‖mean‖² is taken off (5), and α₃ starts large: or else the
        policy runs into the wall behind the goal and stays there, bouncing on the spot. In the
-       second half of the run α₃ falls to zero, α₂ to one half: first be different, then exact.
+       second half of the run α₃ falls to zero, α₂ to a quarter: first be different, then exact.
     6. Z = 2, in which a skill can say all of z by where it comes to rest; the paper has 3.
     7. A point, the agent of Sprites alone, instead of a robot arm; minutes on one core. In transfer
        a z is held for five steps, whose rewards are added, and γ is that of five steps.
@@ -113,14 +113,14 @@ NEW_TASKS = {  # to reuse them for, (1, G, 2): goals to visit one after the othe
     "sequencing": GOALS[None, [0, 2]],
 }
 USUAL = {  # defaults that depend on the experiment
-    "library": {"spread": 1.5, "z_sd": 0.2, "alpha1": 2.0, "alpha2": 0.2, "total_steps": 192_000},
+    "library": {"spread": 1.5, "z_sd": 0.2, "alpha1": 2.0, "alpha2": 0.2},
     "generality": {"spread": 0.0},  # all tasks start alike
     "versatility": {"spread": 0.0, "z_sd": 1.0, "alpha1": 5.0, "alpha2": 0.5},  # room for one task
     "transfer": {},
     "one_hot": {"alpha1": 0.0, "alpha2": 0.0},  # nothing to widen, nothing to tell apart
 }
 for name in ("generality", "versatility", "transfer"):
-    USUAL[name] = USUAL["library"] | {"total_steps": 128_000} | USUAL[name]
+    USUAL[name] = USUAL["library"] | USUAL[name]
 BITS = "bits cannot be chosen by degrees: no --experiment transfer with --embedding bernoulli"
 Z_RANGE = 3.0  # bound of the means of p(z|t)
 Z_GAIN = 4.5  # of z as an input, so that what differs within a task is not overlooked
@@ -141,7 +141,7 @@ class Args:
     window: int = 4  # H, steps that the inference network looks back
     z_ratio: bool = False  # have p(z|t) / b(z|t) in c, as printed in the paper
     gamma: float = 0.9  # discount factor per step
-    total_steps: int | None = None  # environment steps, rounded down to rounds (default: see USUAL)
+    total_steps: int = 224_000  # environment steps, rounded down to rounds of 40 num_envs
     num_envs: int = 16  # episodes of a round, N
     updates: int = 40  # gradient steps after a round
     batch_size: int = 32  # episodes of an update, B
@@ -415,7 +415,7 @@ def learn(tasks, learner, total_steps, reports, args, rng, device):
 
         # learn
         left = min(1, 2 - 2 * (rounds_so_far - 1) / rounds)  # 1 for a while, then falling to 0
-        alpha2, alpha3 = args.alpha2 * (1 + left) / 2, args.alpha3 * left
+        alpha2, alpha3 = args.alpha2 * (1 + 3 * left) / 4, args.alpha3 * left
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = args.learning_rate * left
         for _ in range(args.updates):

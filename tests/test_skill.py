@@ -279,7 +279,7 @@ def test_rewards_are_made_anew(monkeypatch):
     rewards, _ = spied(monkeypatch, num_envs=1, tasks=se.GoalTasks(1, se.TASKS["versatility"]))
     weights = [(alpha2, alpha3) for *_, alpha2, alpha3, _ in rewards[::2]]
     left = np.minimum(1, 2 - 2 * np.arange(8) / 8)
-    np.testing.assert_allclose(weights, np.stack([0.2 * (1 + left) / 2, 0.06 * left], 1))
+    np.testing.assert_allclose(weights, np.stack([0.2 * (1 + 3 * left) / 4, 0.06 * left], 1))
 
 
 def test_z_ratio_is_an_option(monkeypatch):
