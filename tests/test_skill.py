@@ -526,6 +526,21 @@ def test_transfer_freezes_what_it_loads(tmp_path):
 def test_transfer_learns_a_library_first(tmp_path):
     run(tmp_path, experiment="transfer")
     assert (tmp_path / "library" / "summary.json").exists() and (tmp_path / "curve.csv").exists()
+    (tmp_path / "summary.json").unlink()  # as if it had been interrupted
+    run(tmp_path, experiment="transfer")
+
+
+def test_what_is_evaluated_does_not_change_what_is_learnt(tmp_path):
+    run(tmp_path / "library")
+    changes = {"experiment": "transfer", "library": str(tmp_path / "library" / "checkpoint.pt")}
+    saved = []
+    for episodes in (8, 16):
+        out = tmp_path / str(episodes)
+        run(out, eval_episodes=episodes, **changes)
+        saved.append(torch.load(out / "checkpoint.pt", weights_only=True))
+    for name in ("skills_interpolation", "scratch_sequencing"):
+        for a, b in zip(saved[0][name].values(), saved[1][name].values()):
+            assert torch.equal(a, b)
 
 
 def test_ratio_of_steps():
