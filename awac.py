@@ -30,8 +30,8 @@ Notation
 
 Differs from the paper
     1. λ = 0.03 instead of 0.3 to 2: the scale of advantages decides, and here their standard
-       deviation is 0.12. Batches of 256, two hidden layers of 128, learning rate 1e-3, 10,000
-       offline updates instead of 1,024, 256, 3e-4 and 25,000: a run takes minutes, not hours.
+       deviation is 0.10 to 0.16. Batches of 256, two hidden layers of 128, learning rate 1e-3,
+       10,000 offline updates instead of 1,024, 256, 3e-4, 25,000: minutes a run, not hours.
     2. γ = 0.9 instead of 0.99: episodes have 40 steps, and what an action is worth shows in few.
     3. Weights are clipped at 100; the authors' softmax over the batch is --weighting softmax.
     4. No weight decay. States are standardised with mean and standard deviation of states of the
@@ -52,7 +52,8 @@ Writes
     `eval_return_mean`, `eval_return_std`, `eval_episodes`, `score` (0 random, 1 chasing with known
     velocity), and on the scale 100 (return − random) / (the data's expert − random):
     `offline_score` (before the first online step), `online_score` (at the end), `worst_online_dip`
-    (evaluations in the first 2,000 online steps, below `offline_score`), `bc_score` (cloning only).
+    (from `offline_score` down to the worst evaluation of the first 2,000 online steps) and
+    `bc_score` (of cloning).
 
 Result
     Score after the offline phase, worst dip in the first 2,000 online steps (negative: no dip), and
@@ -70,7 +71,7 @@ Result
 Try
     1. --temperature 10 --out runs/warm: what happens to `sample_size`, and to the return?
     2. --mixture 0.2 0.8 0 --out runs/narrow, all algorithms: who needs to see what does not work?
-    3. Flip the sign in `awac_weights`, predict the return, and run it.
+    3. Flip the sign in `awac_weights`, predict the return, and run it with --out runs/flipped.
 """
 
 import copy
@@ -387,7 +388,6 @@ def train(args):
         s, a, r, s_next, terminated = replay.sample(rng, args.batch_size)
         s, s_next = to_input(s), to_input(s_next)
         a, r, terminated = to_tensor(a), to_tensor(r), to_tensor(terminated)
-        metrics = {}
         if not cloning:  # evaluate the policy, eq. (4)
             with torch.no_grad():
                 mean, log_std = policy(s_next)
@@ -402,7 +402,6 @@ def train(args):
             loss.backward()
             critic_optimizer.step()
             polyak_(critic_target, critic, args.tau)
-            metrics |= {"critic_loss": loss.item(), "q": q.mean().item()}
 
         mean, log_std = policy(s)  # improve it
         if soft:
@@ -428,6 +427,7 @@ def train(args):
         # report
         if update in reports:
             returns = evaluate(lambda obs: policy(to_input(obs))[0], make_env(args.eval_episodes))
+            metrics = {} if cloning else {"critic_loss": loss.item(), "q": q.mean().item()}
             if args.algorithm == "awac":
                 metrics["sample_size"] = effective_sample_size(weights).item()
                 metrics["advantage_sd"] = advantage.std().item()
@@ -625,7 +625,7 @@ def plot_curve(path, rows, panels, x_label, levels=(), offline=0):
 
 def to_float(frames, device):
     """uint8 (...), array or tensor -> float32 (...) in [0, 1] on the device."""
-    return torch.as_tensor(frames, device=device).float().div_(255)
+    return torch.as_tensor(frames, device=device).to(torch.float32, copy=True).div_(255)
 
 
 def check(args, positive):

@@ -60,8 +60,8 @@ Writes
     `probe_r2`, `probe_r2_random_encoder`, `probe_r2_pixels`: R² by quantity.
 
 Result
-    Returns, mean ± sd of three seeds (python benchmark/study.py --study curl; about 4 minutes on
-    one thread of a busy AMD EPYC, state: 1; a contrastive loss takes a third longer):
+    Returns, mean ± sd of three seeds (python benchmark/study.py --study curl); minutes on one
+    thread of a busy AMD EPYC: a 1, b and c 4, d and f 5, e 7:
       distr.  (a) state     (b) pixel     (c) rad       (d) curl      (e)           (f)
       0       38.77 ± 0.00  36.45 ± 0.20  37.43 ± 0.14  37.10 ± 0.08  36.67 ± 0.26  35.70 ± 0.61
       2       38.76 ± 0.00  31.72 ± 0.49  32.98 ± 0.12  32.63 ± 0.25  31.95 ± 0.24  30.16 ± 0.31
@@ -71,7 +71,7 @@ Result
 Try
     1. --mode rad, then --mode pixel: what did the contrastive loss add, what did the shift?
     2. --distractors 2: which R² change? Does the code drop what earns nothing?
-    3. Give the keys the query's own offsets: what happens to the accuracy, and to the return?
+    3. Give the keys the query's own offsets (--out runs/same): the accuracy, and the return?
 """
 
 import copy
@@ -623,7 +623,7 @@ def save_gif(path, film, milliseconds=100):
 
 def to_float(frames, device):
     """uint8 (...), array or tensor -> float32 (...) in [0, 1] on the device."""
-    return torch.as_tensor(frames, device=device).float().div_(255)
+    return torch.as_tensor(frames, device=device).to(torch.float32, copy=True).div_(255)
 
 
 def check(args, positive):

@@ -255,7 +255,7 @@ def train(args):
     if args.encoder_path:
         if not pretrained:
             raise SystemExit(f"error: --encoder-path is of no use to --encoder {args.encoder}")
-        load_encoder(args.encoder_path, announce=False)  # a wrong file: end before writing
+        load_encoder(args.encoder_path, args.encoder, announce=False)  # or end before writing
     device = prepare(args)
     task = "_repel" * (args.task == "repel")
     out = open_run(args, f"{args.encoder}{task}_d{args.distractors}_s{args.seed}", device)
@@ -276,7 +276,7 @@ def train(args):
     elif args.encoder == "image_scratch":
         encoder = Encoder()
     else:
-        encoder = load_encoder(args.encoder_path or find_or_pretrain(args))
+        encoder = load_encoder(args.encoder_path or find_or_pretrain(args), args.encoder)
     encoder.to(device).eval()  # eval: batch normalisation, if any, keeps its pretraining statistics
     encoder.requires_grad_(not frozen)
     log, env = Log(out, (iterations + 1) * N * T), make_env(N)
@@ -412,6 +412,8 @@ def find_or_pretrain(args):
     folder = Path("runs") / "rp_pretrain" / f"{objective}_d{args.distractors}_s{args.seed}"
     if not (folder / "encoder.pt").exists():
         script = Path(__file__).with_name("rp_pretrain.py")
+        if not script.exists():
+            raise SystemExit(f"error: --encoder {args.encoder} needs {script}: copy it, too")
         print(f"{folder / 'encoder.pt'} is missing: running {script.name} first", flush=True)
         command = [sys.executable, str(script), "--objective", objective, "--out", str(folder)]
         for flag in ("distractors", "seed", "device", "torch_threads"):
@@ -421,19 +423,19 @@ def find_or_pretrain(args):
     return folder / "encoder.pt"
 
 
-def load_encoder(path, announce=True):
-    """An encoder from a file that rp_pretrain.py wrote."""
+def load_encoder(path, name, announce=True):
+    """An encoder from a file that rp_pretrain.py wrote; its objective must be that of `name`."""
     try:
         saved = torch.load(path, map_location="cpu")
+        if not name.startswith(saved["objective"]):
+            raise ValueError(f"its objective was {saved['objective']}")
         encoder = Encoder(saved["z_dim"], saved["batch_norm"])
         encoder.load_state_dict(saved["encoder"])
     except Exception as error:  # missing, not a checkpoint, or of another architecture
         reason = " ".join(str(error).split())[:100]
         raise SystemExit(f"error: {path} is no encoder for this script: {reason}") from None
     if announce:
-        how = (
-            f"{saved['objective']}, distractors: {saved['distractors']}, updates: {saved['update']}"
-        )
+        how = "distractors: {distractors}, updates: {update}".format(**saved)
         print(f"encoder: {path} ({how})", flush=True)
     return encoder
 
@@ -485,7 +487,7 @@ def plot_curve(path, rows, panels, x_label, levels=(), offline=0):
 
 def to_float(frames, device):
     """uint8 (...), array or tensor -> float32 (...) in [0, 1] on the device."""
-    return torch.as_tensor(frames, device=device).float().div_(255)
+    return torch.as_tensor(frames, device=device).to(torch.float32, copy=True).div_(255)
 
 
 def check(args, positive):

@@ -37,7 +37,7 @@ Differs from the paper
        where the way around pays late. Gaussian exploration noise; the first 800 steps are random.
     4. When the VAE is fine-tuned, practised goals are carried over: the old decoder draws them, the
        new encoder reads them. Everything else in the buffer is encoded again.
-    5. --goals pixel pays −0.2 ‖s' − p(z_g)‖, also where the true image of the goal is known.
+    5. --goals pixel pays −0.2 ‖s' − p(z_g)‖, even for goals from the future, whose image is known.
 
 Run
     python rig_td3.py
@@ -61,8 +61,8 @@ Result
                                                                        3 seeds, 5.1 minutes
 
 Try
-    1. --beta 20, then --beta 0.05: look at latent_walk.png. What does the agent no longer see?
-    2. --gamma 0, for reach and for push: which of them needs foresight?
+    1. --beta 20 --out runs/vague, then 0.05: in latent_walk.png, what does the agent not see?
+    2. --gamma 0 --out runs/myopic, for reach and for push: which of them needs foresight?
     3. --distractors 2: more that the agent cannot move, elsewhere in every imagined goal.
 """
 
@@ -381,7 +381,7 @@ def train(args):
         for _ in range(T):
             action = pursue(obs, goals)
             action = (action + args.noise * rng.standard_normal(action.shape)).clip(-1, 1)
-            if (episodes - N) * T < 500:  # random actions first
+            if (episodes - N) * T < 800:  # random actions first
                 action = rng.uniform(-1, 1, action.shape)
             obs, _, terminated, truncated, info = env.step(action)
             ended = terminated | truncated
@@ -638,7 +638,7 @@ def save_gif(path, film, milliseconds=100):
 
 def to_float(frames, device):
     """uint8 (...), array or tensor -> float32 (...) in [0, 1] on the device."""
-    return torch.as_tensor(frames, device=device).float().div_(255)
+    return torch.as_tensor(frames, device=device).to(torch.float32, copy=True).div_(255)
 
 
 def check(args, positive):

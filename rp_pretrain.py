@@ -334,7 +334,7 @@ def probe_data(distractors, device):
 
 def to_float(frames, device):
     """uint8 (...), array or tensor -> float32 (...) in [0, 1] on the device."""
-    return torch.as_tensor(frames, device=device).float().div_(255)
+    return torch.as_tensor(frames, device=device).to(torch.float32, copy=True).div_(255)
 
 
 def plot_decoded(path, frames, decoded, title):

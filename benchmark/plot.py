@@ -242,7 +242,9 @@ def decoder_probe(runs):
         frames, _ = rp_pretrain.probe_data(distractors, "cpu")
         rows = {"true": frames[:6]}
         for name, kind in kinds.items():
-            saved = torch.load(runs / kind.format(distractors) / "checkpoint.pt")
+            saved = torch.load(
+                runs / kind.format(distractors) / "checkpoint.pt", map_location="cpu"
+            )
             encoder, decoder = rp_pretrain.Encoder(), rp_pretrain.Decoder()
             encoder.load_state_dict(saved["encoder"])
             decoder.load_state_dict(saved["decoder"])

@@ -12,7 +12,7 @@ import awac
 import sprites_env
 
 TINY = {"episodes": 10, "offline_updates": 20, "total_steps": 80, "num_envs": 1, "batch_size": 8}
-TINY |= {"eval_episodes": 3, "hidden": 8, "torch_threads": 1}
+TINY |= {"eval_episodes": 3, "hidden": 8, "torch_threads": 1, "device": "cpu"}
 
 
 def run(out, **changes):
@@ -327,7 +327,11 @@ def test_sigma_stays_in_its_range_and_can_leave_the_bounds(tmp_path):
 def test_learns_from_the_default_mixture(tmp_path, algorithm, updates, least):
     """Seconds. Plain cloning reaches about 10, and the flipped sign less."""
     args = awac.Args(
-        algorithm=algorithm, offline_updates=updates, total_steps=1000, out=str(tmp_path)
+        algorithm=algorithm,
+        offline_updates=updates,
+        total_steps=1000,
+        device="cpu",
+        out=str(tmp_path),
     )
     assert awac.train(args)["offline_score"] > least
 

@@ -376,11 +376,6 @@ def test_evaluation_does_not_disturb_training(tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_runs_on_cuda(tmp_path):
-    assert run(tmp_path, device="cuda")["eval_episodes"] == 3
-
-
 def test_oracle_learns_to_reach(tmp_path):
     """Ten seconds. Doing nothing leaves .40."""
     args = {"goals": "oracle", "total_steps": 2000, "torch_threads": 1, "device": "cpu"}

@@ -19,9 +19,10 @@ import rp_pretrain
 import sprites_env
 
 ROOT = Path(__file__).parent.parent
-TINY_PRETRAINING = {"updates": 4, "batch_size": 2, "distractors": 1, "torch_threads": 1}
+TINY_PRETRAINING = {"updates": 4, "batch_size": 2, "distractors": 1}
+TINY_PRETRAINING |= {"torch_threads": 1, "device": "cpu"}
 TINY_PPO = {"total_steps": 240, "num_envs": 4, "rollout_steps": 20, "eval_episodes": 3}
-TINY_PPO |= {"minibatches": 2, "epochs": 2, "torch_threads": 1}
+TINY_PPO |= {"minibatches": 2, "epochs": 2, "torch_threads": 1, "device": "cpu"}
 INPUTS = ppo_encoder.Input.__args__
 
 
@@ -114,6 +115,14 @@ def test_frozen_encoders_stay_and_finetuned_ones_move(tmp_path):
         after = torch.load(tmp_path / encoder / "checkpoint.pt")["model"]
         changed = [not torch.equal(v, after[f"encoder.{k}"]) for k, v in before.items()]
         assert all(changed) if moves else not any(changed)
+
+
+def test_an_encoder_of_another_objective_is_refused(tmp_path):
+    pretrain(tmp_path / "encoder")
+    path = str(tmp_path / "encoder" / "encoder.pt")
+    with pytest.raises(SystemExit, match="its objective was reward_prediction"):
+        ppo(tmp_path / "run", encoder="image_reconstruction", encoder_path=path)
+    assert not (tmp_path / "run").exists()
 
 
 def test_acting_and_learning_see_the_same_policy(tmp_path):
@@ -241,6 +250,9 @@ def test_copied_next_to_the_environment_it_runs(tmp_path):
     command = [sys.executable, "ppo_encoder.py", "--encoder", "image_scratch", *flags]
     subprocess.run(command, cwd=tmp_path, check=True, timeout=120, capture_output=True)
     assert (tmp_path / "runs/ppo_encoder/image_scratch_d1_s1/summary.json").exists()
+    command[3] = "reward_prediction"
+    result = subprocess.run(command, cwd=tmp_path, timeout=120, capture_output=True, text=True)
+    assert result.returncode == 1 and "rp_pretrain.py: copy it, too" in result.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
