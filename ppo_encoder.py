@@ -169,12 +169,12 @@ def mlp(size_in, hidden, size_out):
     return orthogonal_(nn.Sequential(*layers, nn.Linear(hidden, size_out)))
 
 
-def orthogonal_(module, gain=math.sqrt(2)):
+def orthogonal_(module):
     """Orthogonal weights and zero biases. With PyTorch's default, the signal all but vanishes on
     its way through six stride-2 layers, and nothing is learnt for thousands of updates."""
     for layer in module.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            nn.init.orthogonal_(layer.weight, gain)
+            nn.init.orthogonal_(layer.weight, math.sqrt(2))
             nn.init.zeros_(layer.bias)
     return module
 
@@ -455,13 +455,13 @@ def evaluate(policy, env, film=None):
     return returns
 
 
-def save_gif(path, film, milliseconds=100):
+def save_gif(path, film):
     """film: a list of tuples of images uint8 (height, width, 3), shown side by side."""
     from PIL import Image
 
     rows = [np.concatenate([np.pad(i, ((3, 3), (3, 3), (0, 0))) for i in row], 1) for row in film]
     first, *rest = [Image.fromarray(row).quantize(16) for row in rows]
-    settings = {"save_all": True, "append_images": rest, "loop": 0, "duration": milliseconds}
+    settings = {"save_all": True, "append_images": rest, "loop": 0, "duration": 100}  # ms
     write_whole(path, lambda temporary: first.save(temporary, **settings))
 
 

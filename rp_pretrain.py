@@ -173,12 +173,12 @@ def mlp(size_in, hidden, size_out):
     return orthogonal_(nn.Sequential(*layers, nn.Linear(hidden, size_out)))
 
 
-def orthogonal_(module, gain=math.sqrt(2)):
+def orthogonal_(module):
     """Orthogonal weights and zero biases. With PyTorch's default, the signal all but vanishes on
     its way through six stride-2 layers, and nothing is learnt for thousands of updates."""
     for layer in module.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            nn.init.orthogonal_(layer.weight, gain)
+            nn.init.orthogonal_(layer.weight, math.sqrt(2))
             nn.init.zeros_(layer.bias)
     return module
 

@@ -1,16 +1,18 @@
-"""Every figure and table of the README's results, from benchmark/results/*.csv alone.
+"""Every figure and table of the README's results.
 
     python benchmark/plot.py
 
-Writes benchmark/results/learning_curves.png and comparisons.png, and the tables between the
-`<!-- table: name -->` and `<!-- end -->` marks of README.md. Intervals are 95 % bootstrap
-intervals of the mean over seeds (10,000 resamples, fixed seed); with three to five seeds they are
-rough, so every seed is drawn as well.
+Draws figures from benchmark/results/*.csv, beside them, and writes the tables between the marks
+`<!-- table: name -->` and `<!-- end -->` of README.md. Intervals are 95 % bootstrap intervals of
+the mean over seeds (10,000 resamples, fixed seed); with three to five seeds they are rough, so
+every seed is drawn as well. Films, and pictures that need a network, come from the study's runs of
+seed 1: without their folders in runs/study/ those in the results stay as they are.
 """
 
 import csv
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -33,6 +35,17 @@ STYLES = {
     "cnn": ("#56B4E9", "-."),
     "image_reconstruction_finetune": ("#009E73", "-"),
     "image_reconstruction": ("#CC79A7", "--"),
+}
+PICTURES = {  # what runs have drawn: file in runs/study/ -> file in the results
+    "ppo_encoder/reward_prediction_d2_s1_n250000/rollout.gif": "rollout.gif",
+    "rig/push_latent_0.2_0.4_0.4_s1/imagined_goals.png": "rig_imagined_goals.png",
+    "rig/push_latent_0.2_0.4_0.4_s1/reached.png": "rig_reached.png",
+    "rig/push_latent_0.2_0.4_0.4_s1/latent_walk.png": "rig_latent_walk.png",
+    "rig/push_latent_0.2_0.4_0.4_s1/rollout.gif": "rig_rollout.gif",
+    "skill/library_gaussian_0.2_s1/skills.png": "skill_library.png",
+    "skill/generality_gaussian_0.2_s1/skills.png": "skill_generality.png",
+    "skill/versatility_bernoulli_0.5_s1/skills.png": "skill_versatility.png",
+    "skill/transfer_gaussian_0.2_s1/rollout.gif": "skill_transfer.gif",
 }
 
 
@@ -679,7 +692,11 @@ def main():
     """Draw everything and put the tables into the README."""
     curve_rows, finals = read("ppo_encoder.csv"), read("ppo_encoder_final.csv")
     long_runs(curve_rows)
-    decoder_probe(ROOT / "runs" / "study")
+    runs = ROOT / "runs" / "study"
+    decoder_probe(runs)
+    for drawn, name in PICTURES.items():
+        if (runs / drawn).exists():
+            shutil.copy(runs / drawn, RESULTS / name)
     usual = min(row["total_steps"] for row in finals)  # leave longer runs out
     curve_rows = [row for row in curve_rows if row["total_steps"] == usual]
     finals = [row for row in finals if row["total_steps"] == usual]

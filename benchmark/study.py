@@ -70,9 +70,9 @@ class Args:
     study: Literal["encoders", "single_task", "awac", "curl", "rig", "skill"] = (
         "encoders"  # which of the studies
     )
-    encoders: tuple[str, ...] = ENCODERS  # which of the seven
-    distractors: tuple[int, ...] = (0, 1, 2)  # numbers of distractors
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # one run each
+    encoders: tuple[str, ...] = ENCODERS  # which of the seven (study of encoders)
+    distractors: tuple[int, ...] = (0, 1, 2)  # how many (studies of encoders, and of curl: 0, 2)
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # one run each; some studies take three at most
     total_steps: int = 250_000  # environment steps of each PPO run
     jobs: int = os.cpu_count() or 1  # processes at a time, one thread each
     stage: Literal["all", "pretrain", "ppo", "gather"] = "all"  # what to do
