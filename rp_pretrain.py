@@ -226,6 +226,7 @@ def train(args):
     tasks += "_batch_norm" if args.batch_norm else ""
     device = prepare(args)
     out = open_run(args, f"{args.objective}{tasks}_d{args.distractors}_s{args.seed}", device)
+    (out / "encoder.pt").unlink(missing_ok=True)  # of an earlier run
     rng = np.random.default_rng(args.seed)
 
     encoder, decoder = (
@@ -411,7 +412,7 @@ def open_run(args, name, device):
         if (out / "summary.json").exists() and not args.overwrite:
             raise SystemExit(f"error: {out} holds a finished run: use --overwrite, or --out FOLDER")
         out.mkdir(parents=True, exist_ok=True)
-        for old in ("summary.json", "encoder.pt", "checkpoint.pt", "curve.csv"):
+        for old in ("summary.json", "checkpoint.pt", "curve.csv"):
             (out / old).unlink(missing_ok=True)  # of an earlier run: not to be taken for this one's
         write_whole(out / "args.json", lambda t: t.write_text(json.dumps(facts, indent=1)))
     except OSError as error:

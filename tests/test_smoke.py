@@ -232,6 +232,18 @@ def test_bad_input_gets_one_clear_line(tmp_path, script, flags, message):
     assert sorted(tmp_path.rglob("*")) == before  # nothing written
 
 
+def test_starting_over_takes_away_its_own_files_only(tmp_path, monkeypatch):
+    """An encoder that lies in the folder stays, unless it is pretraining that starts over."""
+    pretrain(tmp_path)
+    ppo(tmp_path, encoder="oracle", overwrite=True)
+    assert (tmp_path / "encoder.pt").exists()
+    monkeypatch.setattr(rp_pretrain, "Log", lambda *args: 1 / 0)  # it dies early
+    with pytest.raises(ZeroDivisionError):
+        pretrain(tmp_path, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir() if path.suffix == ".pt"} == set()
+    assert not (tmp_path / "summary.json").exists()
+
+
 def test_a_finished_run_is_not_overwritten(tmp_path):
     pretrain(tmp_path / "p")
     ppo(tmp_path / "q", encoder="oracle")
