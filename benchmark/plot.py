@@ -65,16 +65,26 @@ def interval(values):
     return values.mean(0), low, high
 
 
-def curves(rows, encoder, distractors):
-    """(steps (M,), returns (S, M)) of one encoder at one number of distractors."""
+def runs_of(rows, **wanted):
+    """The rows that have these values, one list for each seed, in the order of steps."""
     runs = {}
     for row in rows:
-        if row["encoder"] == encoder and row["distractors"] == distractors:
-            runs.setdefault(row["seed"], []).append((row["step"], row["eval_return"]))
-    if not runs:
-        return None
-    runs = np.array([sorted(run) for run in runs.values()])  # (S, M, 2)
-    return runs[0, :, 0], runs[:, :, 1]
+        if all(row[name] == value for name, value in wanted.items()):
+            runs.setdefault(row["seed"], []).append(row)
+    return [sorted(run, key=lambda row: row.get("step", 0)) for run in runs.values()]
+
+
+def values_of(runs, name):
+    """One column of all rows, (S, M)."""
+    return np.array([[row[name] for row in run] for run in runs])
+
+
+def draw_band(axis, x, values, colour, dashes, label):
+    """Every seed, their mean, and its interval. x (M,), values (S, M)."""
+    mean, low, high = interval(values)
+    axis.plot(x, values.T, color=colour, lw=0.5, alpha=0.35)
+    axis.plot(x, mean, dashes, color=colour, lw=1.8, label=label)
+    axis.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
 
 
 def draw_curves(axis, rows, encoders, distractors):
@@ -85,15 +95,9 @@ def draw_curves(axis, rows, encoders, distractors):
         axis.annotate(label, (0.995, level), xycoords=("axes fraction", "data"), color="grey",
                       size=7, ha="right", va="bottom")  # fmt: skip
     for encoder in encoders:
-        found = curves(rows, encoder, distractors)
-        if found is None:
-            continue
-        steps, returns = found
-        colour, dashes = STYLES[encoder]
-        mean, low, high = interval(returns)
-        axis.plot(steps, returns.T, color=colour, lw=0.5, alpha=0.35)
-        axis.plot(steps, mean, dashes, color=colour, lw=1.8, label=encoder)
-        axis.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
+        if runs := runs_of(rows, encoder=encoder, distractors=distractors):
+            steps, returns = values_of(runs, "step")[0], values_of(runs, "eval_return")
+            draw_band(axis, steps, returns, *STYLES[encoder], encoder)
     axis.set(xlabel="environment steps", ylim=(27.5, 39.6))
     axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:.0f}k")
 
@@ -286,24 +290,12 @@ def awac_figure(rows, finals):
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
     for algorithm, (colour, dashes) in AWAC_STYLES.items():
-        runs = {}
-        for row in rows:
-            if row["algorithm"] == algorithm and row["total_steps"]:
-                runs.setdefault(row["seed"], []).append(
-                    (row["step"], row["online_step"], row["eval_score"])
-                )
-        if not runs:
-            continue
-        runs = np.array([sorted(run) for run in runs.values()])  # (S, M, 3)
-        steps, online = runs[0, :, 0], runs[0, :, 1]
-        offline = (steps - online).max()  # 0 without an offline phase
-        mean, low, high = interval(runs[:, :, 2])
-        x = (steps - offline) / 1000
-        left.plot(x, runs[:, :, 2].T, color=colour, lw=0.5, alpha=0.35)
-        left.plot(x, mean, dashes, color=colour, lw=1.8, label=algorithm)
-        left.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
-        if not online.any():  # no online phase: what it would stay at
-            left.plot([0, 20], [mean[-1]] * 2, ":", color=colour, lw=1)
+        if runs := runs_of([row for row in rows if row["total_steps"]], algorithm=algorithm):
+            steps, online = values_of(runs, "step")[0], values_of(runs, "online_step")[0]
+            offline, scores = (steps - online).max(), values_of(runs, "eval_score")
+            draw_band(left, (steps - offline) / 1000, scores, colour, dashes, algorithm)
+            if not online.any():  # no online phase: what it would stay at
+                left.plot([0, 20], [scores[:, -1].mean()] * 2, ":", color=colour, lw=1)
     left.axvspan(left.get_xlim()[0], 0, color="grey", alpha=0.12, lw=0)
     left.axhline(100, color="grey", lw=0.7, ls=":")
     left.set(xlabel="offline updates | online environment steps (thousands)")
@@ -373,18 +365,9 @@ def curl_figure(rows, finals):
     above, below = figure.subplots(2, len(numbers), squeeze=False)
     for axis, bars, distractors in zip(above, below, numbers):
         for mode, (colour, dashes) in CURL_STYLES.items():
-            runs = {}
-            for row in rows:
-                if (row["mode"], row["distractors"]) == (mode, distractors):
-                    runs.setdefault(row["seed"], []).append((row["step"], row["eval_return"]))
-            if not runs:
-                continue
-            runs = np.array([sorted(run) for run in runs.values()])  # (S, M, 2)
-            x, returns = runs[0, :, 0] / 1000, runs[:, :, 1]
-            mean, low, high = interval(returns)
-            axis.plot(x, returns.T, color=colour, lw=0.5, alpha=0.35)
-            axis.plot(x, mean, dashes, color=colour, lw=1.8, label=mode)
-            axis.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+            if runs := runs_of(rows, mode=mode, distractors=distractors):
+                x, returns = values_of(runs, "step")[0] / 1000, values_of(runs, "eval_return")
+                draw_band(axis, x, returns, colour, dashes, mode)
         for name, level in sprites_env.REFERENCE_RETURNS["follow"].items():
             axis.axhline(level, color="grey", lw=0.7, ls=":", zorder=0)
             axis.annotate(name, (0.01, level), xycoords=("axes fraction", "data"),
@@ -454,43 +437,29 @@ def rig_key(row):
     return row["task"], row["goals"], row["goal_fractions"]
 
 
-def rig_runs(rows, task, goals, fractions, column):
-    """(steps (M,), values (S, M)) of one configuration; None if it has no runs."""
-    runs = {}
-    for row in rows:
-        if rig_key(row) == (task, goals, fractions):
-            runs.setdefault(row["seed"], []).append((row["step"], row[column]))
-    if not runs:
-        return None
-    runs = np.array([sorted(run) for run in runs.values()])
-    return runs[0, :, 0], runs[:, :, 1]
-
-
 def rig_figure(rows, finals):
     """Final distance against steps: reach (rewards, then relabelling), push (block and agent)."""
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     axes = figure.subplots(1, 3)
     mixed = "0.2 0.4 0.4"
-    panels = [  # task, column, configurations
+    panels = [  # task, whose distance, configurations
         ("reach", "agent", [(g, mixed) for g in ("oracle", "latent", "pixel")]),
         ("reach", "agent", [key for key in RIG_STYLES if key[0] == "latent"]),
         ("push", "block", [(g, mixed) for g in ("oracle", "latent")]),
         ("push", "agent", [(g, mixed) for g in ("oracle", "latent")]),
     ]
-    for axis, (task, column, keys) in zip([*axes, axes[2]], panels):
-        for key in keys:
-            found = rig_runs(rows, task, *key, f"final_{column}_distance")
-            if found is None:
-                continue
-            steps, values = found
-            label, colour, dashes = RIG_STYLES[key]
+    for axis, (task, what, keys) in zip([*axes, axes[2]], panels):
+        for goals, fractions in keys:
+            label, colour, dashes = RIG_STYLES[goals, fractions]
             if task == "push":
-                label = f"{column}, {label.split(',')[0]}"
-                dashes = "-" if column == "block" else ":"
-            mean, low, high = interval(values)
-            axis.plot(steps / 1000, values.T, color=colour, lw=0.5, alpha=0.35)
-            axis.plot(steps / 1000, mean, dashes, color=colour, lw=1.8, label=label)
-            axis.fill_between(steps / 1000, low, high, color=colour, alpha=0.15, lw=0)
+                label = f"{what}, {label.split(',')[0]}"
+                dashes = "-" if what == "block" else ":"
+            if runs := runs_of(rows, task=task, goals=goals, goal_fractions=fractions):
+                x, values = (
+                    values_of(runs, "step")[0] / 1000,
+                    values_of(runs, f"final_{what}_distance"),
+                )
+                draw_band(axis, x, values, colour, dashes, label)
     for axis, task, title in zip(axes, ("reach", "reach", "push"),
                                  ("reach: rewards", "reach: relabelling", "push")):  # fmt: skip
         what = "block" if task == "push" else "agent"
@@ -590,24 +559,18 @@ SKILLS = {  # (embedding, whether skills were to be told apart): label, colour, 
 
 
 def skill_runs(rows, experiment, embedding, apart):
-    """The rows of one configuration, by seed: a list of lists."""
-    runs = {}
-    for row in rows:
-        key = row["experiment"], row["embedding"], row["alpha2"] > 0
-        if key == (experiment, embedding, apart):
-            runs.setdefault(row["seed"], []).append(row)
-    return list(runs.values())
+    """The runs of one configuration, paid for being told apart or not."""
+    rows = [row for row in rows if (row["alpha2"] > 0) == apart]
+    return runs_of(rows, experiment=experiment, embedding=embedding)
 
 
-def draw_seeds(axis, runs, column, label, colour, dashes="-"):
+def draw_seeds(axis, runs, name, label, colour, dashes="-"):
     """One column against steps: every seed, and their median (with three seeds an interval would
     say no more, and success on a new task is all or nothing)."""
-    if not runs:
-        return
-    steps = np.array([row["step"] for row in runs[0]]) / 1000
-    values = np.array([[row[column] for row in run] for run in runs])
-    axis.plot(steps, values.T, dashes, color=colour, lw=0.7, alpha=0.5)
-    axis.plot(steps, np.median(values, axis=0), dashes, color=colour, lw=1.8, label=label)
+    if runs:
+        x, values = values_of(runs, "step")[0] / 1000, values_of(runs, name)
+        axis.plot(x, values.T, dashes, color=colour, lw=0.7, alpha=0.5)
+        axis.plot(x, np.median(values, axis=0), dashes, color=colour, lw=1.8, label=label)
 
 
 def skill_figure(rows):
