@@ -112,10 +112,10 @@ NEW_TASKS = {  # to reuse them for, (1, G, 2): goals to visit one after the othe
     "sequencing": GOALS[None, [0, 2]],
 }
 USUAL = {  # defaults that depend on the experiment
-    "library": {"spread": 1.5, "z_sd": 0.2, "alpha1": 2.0, "alpha2": 0.2},
+    "library": {"spread": 1.5, "z_sd": 0.2, "alpha1": 2.0, "alpha2": 0.2, "total_steps": 224_000},
     "generality": {"spread": 0.0},  # all tasks start alike
     "versatility": {"spread": 0.0, "z_sd": 1.0, "alpha1": 5.0, "alpha2": 0.5},  # room for one task
-    "transfer": {},
+    "transfer": {"total_steps": 128_000},  # of its library: skills that differ less serve better
     "one_hot": {"alpha1": 0.0, "alpha2": 0.0},  # nothing to widen, nothing to tell apart
 }
 for name in ("generality", "versatility", "transfer"):
@@ -139,7 +139,7 @@ class Args:
     window: int = 4  # H, steps that the inference network looks back
     z_ratio: bool = False  # have p(z|t) / b(z|t) in c, as printed in the paper
     gamma: float = 0.9  # discount factor per step
-    total_steps: int = 224_000  # environment steps, rounded down to rounds of 40 num_envs
+    total_steps: int | None = None  # environment steps, whole rounds (224,000, transfer 128,000)
     num_envs: int = 16  # episodes of a round, N
     updates: int = 40  # gradient steps after a round
     batch_size: int = 32  # episodes of an update, B
