@@ -61,13 +61,13 @@ Writes
     (if scratch never got there, its budget counts: at least so many times).
 
 Result
-    Seeds 1, 2, 3 (python benchmark/study.py --study skill); a library takes 3.4 minutes on one
-    thread of an AMD EPYC, transfer 1 to 3 after a shorter one:
-      library      success 0.96, 0.93, 0.98, worst task 0.91, 0.89, 0.95; top-1 0.61, 0.49, 0.34
-      generality   KL 0.001, 0.001, 0.003 to the same task, 4.7, 3.6, 5.4 to the nearest other one
-      versatility  solutions found: bernoulli 4, 4, 3 (success 1.00); gaussian 2, 3, 2 (0.41-0.47)
-      transfer     steps to 80 %: sequencing 3,200, 3,840, 9,600, scratch not within 25,600;
-                   interpolation 12,160, never, 4,480, scratch 5,120, 3,840, 3,840
+    Seeds 1, 2, 3 (python benchmark/study.py --study skill); a library takes 4 minutes on one
+    thread of an AMD EPYC, transfer 1.2 after a shorter one:
+      library      success 0.98, 0.97, 0.99, worst task 0.97, 0.95, 0.98; top-1 0.64, 0.52, 0.37
+      generality   KL 0.005, 0.0002, 0.0005 to the same task, 5.7, 4.2, 7.5 to the nearest other one
+      versatility  solutions found: bernoulli 4, 4, 3 (success 1.00); gaussian 2, 2, 2 (0.36-0.40)
+      transfer     steps to 80 %: sequencing 5,120, 8,320, 7,680, scratch not within 25,600;
+                   interpolation 3,840, never, never, scratch 3,840, 6,400, 4,480
 
 Try
     1. --alpha2 0 --out runs/a, then 0.3: what do skills.png and identifiability_top1 say?
