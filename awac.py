@@ -70,7 +70,7 @@ Result
 
 Try
     1. --temperature 10 --out runs/warm: what happens to `sample_size`, and to the return?
-    2. --mixture 0.2 0.8 0 --out runs/narrow, all algorithms: who needs to see what does not work?
+    2. --mixture 0.2 0.8 0, all algorithms, an --out each: who needs to see what does not work?
     3. Flip the sign in `awac_weights`, predict the return, and run it with --out runs/flipped.
 """
 

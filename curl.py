@@ -71,7 +71,7 @@ Result
 Try
     1. --mode rad, then --mode pixel: what did the contrastive loss add, what did the shift?
     2. --distractors 2: which R² change? Does the code drop what earns nothing?
-    3. Give the keys the query's own offsets (--out runs/same): the accuracy, and the return?
+    3. Give the keys the query's own offsets (--out runs/same): what of accuracy and return?
 """
 
 import copy
@@ -445,7 +445,6 @@ def train(args):
     }
     if contrastive:
         summary["contrastive_accuracy"] = metrics["contrastive_accuracy"]
-    r2 = {}
     if pixels:
         stacks, states, shapes = random_stacks(make_env(PROBE_EPISODES), frames)
         seen = {"encoder": encoder, "random_encoder": encoder_start, "pixels": nn.Flatten()}

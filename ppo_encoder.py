@@ -58,7 +58,7 @@ Result
     On one thread: seconds (oracle), half a minute (frozen), two to four minutes (the others).
 
 Try
-    1. --encoder oracle --gamma 0.95 --out runs/far, then image_scratch: who needs the future?
+    1. --encoder oracle --gamma 0.95 --out runs/a, image_scratch in runs/b: who needs the future?
     2. --task repel: does an encoder that was pretrained for positions serve another task?
     3. Delete the line with `orthogonal_` in `Encoder`, run --encoder image_scratch --out runs/init.
 """
@@ -433,7 +433,7 @@ def load_encoder(path, name, announce=True):
         encoder.load_state_dict(saved["encoder"])
     except Exception as error:  # missing, not a checkpoint, or of another architecture
         reason = " ".join(str(error).split())[:100]
-        raise SystemExit(f"error: {path} is no encoder for this script: {reason}") from None
+        raise SystemExit(f"error: {path} is no file for --encoder {name}: {reason}") from None
     if announce:
         how = "distractors: {distractors}, updates: {update}".format(**saved)
         print(f"encoder: {path} ({how})", flush=True)

@@ -61,8 +61,8 @@ Result
                                                                        3 seeds, 5.1 minutes
 
 Try
-    1. --beta 20 --out runs/vague, then 0.05: in latent_walk.png, what does the agent not see?
-    2. --gamma 0 --out runs/myopic, for reach and for push: which of them needs foresight?
+    1. --beta 20 --out runs/vague, --beta 0.05 --out runs/sharp: what is lost in latent_walk.png?
+    2. --gamma 0 --out runs/near, with --task push --out runs/far: which task needs foresight?
     3. --distractors 2: more that the agent cannot move, elsewhere in every imagined goal.
 """
 

@@ -66,12 +66,12 @@ Result
       library      success 0.98, 0.97, 0.99, worst task 0.97, 0.95, 0.98; top-1 0.64, 0.52, 0.37
       generality   KL 0.005, 0.0002, 0.0005 to the same task, 5.7, 4.2, 7.5 to the nearest other one
       versatility  solutions found: bernoulli 4, 4, 3 (success 1.00); gaussian 2, 2, 2 (0.36-0.40)
-      transfer     steps to 80 %: sequencing 5,120, 8,320, 7,680, scratch not within 25,600;
+      transfer     steps to 80 %: sequencing 5,120, 8,320, 7,680, scratch one of six in 25,600;
                    interpolation 3,840, never, never, scratch 3,840, 6,400, 4,480
 
 Try
-    1. --alpha2 0 --out runs/a, then 0.3: what do skills.png and identifiability_top1 say?
-    2. --z-ratio --out runs/z: does the critic's loss change? Should it, where p(z|t) moves?
+    1. --alpha2 0 --out runs/a, --alpha2 0.3 --out runs/b: skills.png, identifiability_top1?
+    2. --z-ratio --out runs/z: does the critic's loss change, and why where p(z|t) moves?
     3. --experiment transfer --hold 1 --out runs/h: what is lost by choosing at every step?
 """
 
@@ -115,7 +115,7 @@ USUAL = {  # defaults that depend on the experiment
     "library": {"spread": 1.5, "z_sd": 0.2, "alpha1": 2.0, "alpha2": 0.2, "total_steps": 224_000},
     "generality": {"spread": 0.0},  # all tasks start alike
     "versatility": {"spread": 0.0, "z_sd": 1.0, "alpha1": 5.0, "alpha2": 0.5},  # room for one task
-    "transfer": {"total_steps": 128_000},  # of its library: skills that differ less serve better
+    "transfer": {"total_steps": 128_000},  # of its library: a longer one serves no better
     "one_hot": {"alpha1": 0.0, "alpha2": 0.0},  # nothing to widen, nothing to tell apart
 }
 for name in ("generality", "versatility", "transfer"):
@@ -481,8 +481,8 @@ def train(args):
             N % K == 0 and args.eval_episodes % K == 0,
         "--z-dim must be positive, and is K with --embedding one_hot":
             args.z_dim is None or (args.z_dim > 0 and args.embedding != "one_hot"),
-        f"--total-steps and --transfer-steps must be at least {N * T}, a round of episodes":
-            min(args.total_steps, args.transfer_steps) >= N * T,
+        f"--total-steps, and --transfer-steps, must be at least {N * T}, a round of episodes":
+            min(args.total_steps, args.transfer_steps if transfers else N * T) >= N * T,
         f"--hold must divide {T}": T % args.hold == 0,
         "--library is for --experiment transfer": transfers or not args.library,
     }  # fmt: skip

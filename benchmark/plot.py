@@ -432,11 +432,6 @@ RIG_STYLES = {  # (goals, goal fractions): label, colour, dashes
 }
 
 
-def rig_key(row):
-    """What tells configurations apart."""
-    return row["task"], row["goals"], row["goal_fractions"]
-
-
 def rig_figure(rows, finals):
     """Final distance against steps: reach (rewards, then relabelling), push (block and agent)."""
     figure = Figure(figsize=(11, 3.8), layout="constrained")
@@ -556,6 +551,7 @@ SKILLS = {  # (embedding, whether skills were to be told apart): label, colour, 
     ("gaussian", False): ("skills, α₂ = 0", "#0072B2", "--"),
     ("one_hot", False): ("one-hot tasks", "#009E73", "-."),
 }
+SCRATCH = (("gaussian", True), ("one_hot", False))  # beside α₂ = 0 scratch is that of α₂ > 0 again
 
 
 def skill_runs(rows, experiment, embedding, apart):
@@ -591,7 +587,7 @@ def skill_figure(rows):
         for (embedding, apart), style in SKILLS.items():
             runs = skill_runs(rows, "transfer", embedding, apart)
             draw_seeds(axis, runs, f"skills_{task}", *style)
-        scratch = skill_runs(rows, "transfer", "gaussian", True)
+        scratch = [run for kind in SCRATCH for run in skill_runs(rows, "transfer", *kind)]
         draw_seeds(axis, scratch, f"scratch_{task}", "from scratch", "#000000", ":")
         axis.set(title=f"transfer: {task}", ylabel="success rate", ylim=(-0.02, 1.02))
     for axis in figure.axes:
@@ -627,8 +623,10 @@ def skill_tables(finals):
     for task in ("interpolation", "sequencing"):
         for (embedding, apart), (label, *_) in SKILLS.items():
             runs = [run[0] for run in skill_runs(finals, "transfer", embedding, apart)]
-            actors = [(label, "skills")] + ([("from scratch", "scratch")] if apart else [])
-            for name, how in actors:
+            scratch = [run for kind in SCRATCH for (run,) in skill_runs(finals, "transfer", *kind)]
+            actors = [(label, "skills", runs)]
+            actors += [("from scratch, six runs", "scratch", scratch)] if apart else []
+            for name, how, runs in actors:
                 rates = [f"{run[f'success_{how}_{task}']:.2f}" for run in runs]
                 steps = [run[f"steps_{how}_{task}"] for run in runs]
                 steps = ["never" if np.isnan(n) else f"{n:,.0f}" for n in steps]

@@ -10,7 +10,8 @@ RUNS = {  # script: what makes it short
     "ppo_encoder": {"encoder": "image_scratch", "total_steps": 640, "num_envs": 4},
     "awac": {"episodes": 10, "offline_updates": 20, "total_steps": 80, "num_envs": 1},
     "curl": {"total_steps": 160, "num_envs": 2, "initial_steps": 100, "updates": 1},
-    "rig_td3": {"images": 300, "vae_updates": 4, "total_steps": 240, "num_envs": 2},
+    "rig_td3": {"images": 300, "vae_updates": 4, "total_steps": 240, "num_envs": 2}
+    | {"finetune_every": 4, "finetune_updates": 2},
     "skill_embedding": {"total_steps": 640, "num_envs": 4, "updates": 2, "eval_episodes": 8},
 }
 

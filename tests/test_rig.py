@@ -347,10 +347,10 @@ def test_one_update(watched, goals):
 def test_the_agent_pursues_the_goals_that_it_stores(watched):
     """Observations, actions and goals of an episode are those that were seen, done and aimed at;
     the last observation is that of the old episode, not of the next; random actions come first."""
-    seen = watched(goals="oracle", task="push", total_steps=800, noise=0.0)
+    seen = watched(goals="oracle", task="push", total_steps=1120, noise=0.0)
     assert seen["td_target"][0][0][3] == 0.98  # push looks further ahead
     acted = [call for call in seen["actor"] if len(call[0][1]) == 2]
-    assert len(seen["add"]) == 10 and len(acted) == 400
+    assert len(seen["add"]) == 14 and len(acted) == 560
     for k, ((_, observations, actions, ends, goals, _), *_) in enumerate(seen["add"]):
         assert observations.shape == (2, 41, 8) and actions.shape == (2, 40, 2) and not ends.any()
         states = observations[:, :-1].reshape(-1, 2, 4).astype(float)
@@ -359,7 +359,7 @@ def test_the_agent_pursues_the_goals_that_it_stores(watched):
         pursued = acted[40 * k : 40 * k + 40]
         assert all(torch.equal(args[1][:, 4:], goals) for args, *_ in pursued)
         chosen = torch.stack([result for _, result, _ in pursued], 1)
-        assert np.allclose(chosen, actions, atol=1e-6) == (k >= 7)  # 7 rounds: 560 steps
+        assert np.allclose(chosen, actions, atol=1e-6) == (k >= 10)  # 10 rounds: 800 steps
         if k < 7:
             assert 0.5 < actions.std() < 0.65 and abs(actions.mean()) < 0.15
     last_z = seen["add"][-1][0][-1]
