@@ -229,10 +229,8 @@ def train(args):
     (out / "encoder.pt").unlink(missing_ok=True)  # of an earlier run
     rng = np.random.default_rng(args.seed)
 
-    encoder, decoder = (
-        Encoder(args.z_dim, args.batch_norm).to(device),
-        Decoder(args.z_dim).to(device),
-    )
+    encoder = Encoder(args.z_dim, args.batch_norm).to(device)
+    decoder = Decoder(args.z_dim).to(device)
     predictor = RewardPredictor(args.z_dim, N, len(args.tasks)).to(device)
     trained = [encoder, decoder, predictor] if by_reward else [encoder, decoder]
     optimizer = torch.optim.RAdam(

@@ -61,9 +61,9 @@ Writes
     (if scratch never got there, its budget counts: at least so many times).
 
 Result
-    Seeds 1, 2, 3 (python benchmark/study.py --study skill); a library takes 4 minutes on one
+    Seeds 1, 2, ... (python benchmark/study.py --study skill); a library takes 4 minutes on one
     thread of an AMD EPYC, transfer 1.2 after a shorter one:
-      library      success 0.98, 0.97, 0.99, worst task 0.97, 0.95, 0.98; top-1 0.64, 0.52, 0.37
+      library      worst task 0.97, 0.95, 0.98, 0.95, 0.97; top-1 0.64, 0.52, 0.37, 0.46, 0.56
       generality   KL 0.005, 0.0002, 0.0005 to the same task, 5.7, 4.2, 7.5 to the nearest other one
       versatility  solutions found: bernoulli 4, 4, 3 (success 1.00); gaussian 2, 2, 2 (0.36-0.40)
       transfer     steps to 80 %: sequencing 5,120, 8,320, 7,680, scratch one of six in 25,600;

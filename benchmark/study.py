@@ -166,13 +166,14 @@ def plan_rig(args):
 
 
 def plan_skill(args):
-    """What skills are learnt, for three seeds, and what they are worth on new tasks, beside a
+    """What skills are learnt, and, for three seeds, what they are worth on new tasks, beside a
     policy steered by one-hot codes and skills that nobody asked to be told apart (α₂ = 0)."""
     kinds = [("library", "gaussian", 0.2), ("generality", "gaussian", 0.2)]
     kinds += [("versatility", name, 0.5) for name in ("gaussian", "bernoulli")]
     kinds += [("transfer", "gaussian", alpha2) for alpha2 in (0.2, 0.0)]
     kinds += [("transfer", "one_hot", 0.0)]
-    return [Job("skill", (*kind, seed)) for seed in args.seeds[:3] for kind in kinds]
+    jobs = [Job("skill", (*kind, seed)) for seed in args.seeds[:3] for kind in kinds]
+    return jobs + [Job("skill", (*kinds[0], seed)) for seed in args.seeds[3:]]
 
 
 def read(path):
