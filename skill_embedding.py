@@ -517,7 +517,7 @@ def train(args):
         summary["kl_duplicate"] = metrics["kl_1_3"]
         summary["kl_others"] = min(metrics["kl_1_2"], metrics["kl_1_4"])
     panels = [("share of episodes", ("success_rate", "identifiability_top1"))]
-    panels += [("KL(task 1 ‖ task t)", divergence)] if divergence else []
+    panels += [("KL(task 1 ‖ task t), nats", divergence)] if divergence else []
     plot_curve(out / "curve.png", log.rows, panels, "environment steps")
     plot_skills(out / "skills.png", eval_tasks, learner, episodes["z"])
     save_gif(out / "rollout.gif", draw_film(eval_tasks))

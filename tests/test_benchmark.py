@@ -125,3 +125,24 @@ def test_short_numbers(study):
     row = {"a": 1.23456789, "b": "two", "n": 3, "r2": {"agent": 0.123456, "target": 1}}
     expected = {"a": "1.2346", "b": "two", "n": "3", "r2_agent": "0.12346", "r2_target": "1"}
     assert study.short(row) == expected
+
+
+def test_runs_are_told_apart(study):
+    plot = importlib.import_module("plot")
+    columns = ("kind", "seed", "step", "y")
+    table = [("a", 1, 20, 2.0), ("b", 1, 10, 9.0), ("a", 2, 10, 3.0), ("a", 1, 10, 1.0)]
+    table.append(("a", 2, 20, 4.0))
+    runs = plot.runs_of([dict(zip(columns, row)) for row in table], kind="a")
+    assert plot.values_of(runs, "y").tolist() == [[1, 2], [3, 4]]  # by seed, in order of steps
+
+
+def test_the_readme_shows_what_was_gathered(study, monkeypatch):
+    """Both tables of skills are those of the committed results, and all scratch runs are shown."""
+    plot = importlib.import_module("plot")
+    monkeypatch.setattr(plot, "RESULTS", ROOT / "benchmark" / "results")
+    readme = (ROOT / "README.md").read_text()
+    library, transfer = plot.skill_tables(plot.read("skill_final.csv"))
+    for line in library + transfer:
+        assert line in readme
+    (line,) = [line for line in transfer if line.startswith("| sequencing | from scratch")]
+    assert line.split("|")[4].count(";") == 5

@@ -137,3 +137,11 @@ def test_standardize():
     np.testing.assert_allclose(layer(x)[:, 0], [-1 / math.sqrt(2), 1 / math.sqrt(2)], rtol=1e-6)
     assert layer(x)[:, 1].abs().max() == 0 and layer.sd[1] > 0.05
     np.testing.assert_allclose(layer.inverse(layer(x)), x, rtol=1e-6)
+
+
+def test_to_float_scales_a_copy():
+    frames = torch.tensor([0, 51, 255], dtype=torch.uint8)
+    assert rp_pretrain.to_float(frames, "cpu").tolist() == pytest.approx([0, 0.2, 1])
+    already = torch.tensor([51.0])
+    assert rp_pretrain.to_float(already, "cpu").item() == pytest.approx(0.2)
+    assert already.item() == 51  # the caller's own frames are left alone
