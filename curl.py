@@ -14,21 +14,35 @@ Paper
     Learning", 2020, arXiv 2004.04136. Mode rad: Laskin et al., "Reinforcement Learning with
     Augmented Data", 2020, arXiv 2004.14990. Soft actor critic: Haarnoja et al., arXiv 1812.05905.
 
+Algorithm
+    repeat until --total-steps:
+        act (at random at first), store             one step of N environments
+        --updates times:
+            batch ← sample_views                    stacks, shifted as the mode has it
+            update_critic_and_encoder               one step on (5), and on (2) in modes d, e, f
+            every second time:
+                update_actor_and_temperature        one step on (6) and (7)
+                polyak_                             (3), and the same for the target critic
+        twenty times in all: evaluate
+    probe                                           what a linear map reads off z, (9)
+
 Equations
     (1)  ℓᵢⱼ = qᵢᵀ W kⱼ − maxⱼ' qᵢᵀ W kⱼ',   q = encoder(shift(s)),   k = encoder'(another shift(s))
     (2)  encoder, W ← argmin −E[log softmax(ℓᵢ)ᵢ]: key i belongs to query i, the others do not
     (3)  encoder' ← encoder' + τ' (encoder − encoder'), a slow copy that no gradient reaches
-    (4)  Q, encoder ← argmin Σ E[(Qᵢ(z,a) − y)²],   y = r + γ (1 − terminated) V(s'),
-         V(s') = min Q̄(z',a') − α log π(a'|s'),   a' ~ π
-    (5)  π ← argmin E[α log π(a|s) − min Q(z,a)],   a ~ π; its convolutions are the encoder's
-    (6)  log α ← argmin E[−α (log π(a|s) + H̄)],   H̄ = −A: the entropy is held near H̄
-    (7)  a = tanh(u), u ~ N(mean, sd²):   log π(a|s) = log N(u) − Σ log(1 − tanh²(u))
-    (8)  ridge probe: ŷ = ȳ + k(x) (K + λ I)⁻¹ (y − ȳ),  R² = 1 − Σ (y − ŷ)² / Σ (y − ȳ)²; K and k
-         are inner products of centred features x, divided by the mean of K's diagonal
+    (4)  y = r + γ (1 − terminated) V(s'),   V(s') = min Q̄(z',a') − α log π(a'|s'),   a' ~ π
+    (5)  Q, encoder ← argmin Σ E[(Qᵢ(z,a) − y)²]
+    (6)  π ← argmin E[α log π(a|s) − min Q(z,a)],   a ~ π; its convolutions are the encoder's
+    (7)  log α ← argmin E[−α (log π(a|s) − A)]: the entropy is held near −A
+    (8)  a = tanh(u), u ~ N(mean, sd²):   log π(a|s) = log N(u) − Σ log(1 − tanh²(u))
+    (9)  ŷ(x) = m + g(x)ᵀ (G + c I)⁻¹ (y − m),   R² = 1 − Σ (y' − ŷ(x'))² / Σ (y' − m')²: a ridge
+         regression with penalty c on data x, y of mean m, tested on data x', y' of mean m'; G and g
+         are inner products of centred features, divided by the mean of G's diagonal
 
 Notation
-    N environments, T steps of an episode, B batch, S frames of a stack, Z code, A (in shapes)
-    size of an action, H outputs of the convolutions, K (in shapes) objects in the frame.
+    N environments, T steps of an episode, B batch, S frames of a stack, Z code, A size of an
+    action, F outputs of the convolutions, K (in shapes) objects in the frame, E episodes and M
+    frames of each for the probe.
 
 Differs from the paper
     1. One optimiser for critic, encoder and W, on the sum of both losses; the authors' release
@@ -57,16 +71,14 @@ Writes
     summary.json: `eval_return_mean`, `eval_return_std`, `eval_episodes`, `score` (0 random, 1
     chasing with known velocity), `updates`, `minutes`; with a contrastive loss
     `contrastive_accuracy` (mean of the last twentieth of the run; 1/B by chance); from pixels
-    `probe_r2`, `probe_r2_random_encoder`, `probe_r2_pixels`: R² by quantity.
+    `probe_r2`, `probe_r2_random_encoder`, `probe_r2_pixels`: R² by quantity. Columns of curve.csv:
+    `step` (of all environments), `seconds`, `steps_per_second`, `eval_return`, `train_return`
+    (last N episodes, with noise), `alpha`, `contrastive_accuracy` (since the last report), and of
+    the last batch `critic_loss`, `contrastive_loss` and `entropy` (of the policy, at s').
 
 Result
-    Returns, mean ± sd of three seeds (python benchmark/study.py --study curl); minutes on one
-    thread of a busy AMD EPYC: a 1, b and c 4, d and f 5, e 7:
-      distr.  (a) state     (b) pixel     (c) rad       (d) curl      (e)           (f)
-      0       38.77 ± 0.00  36.45 ± 0.20  37.43 ± 0.14  37.10 ± 0.08  36.67 ± 0.26  35.70 ± 0.61
-      2       38.76 ± 0.00  31.72 ± 0.49  32.98 ± 0.12  32.63 ± 0.25  31.95 ± 0.24  30.16 ± 0.31
-    The augmentation helps, the contrastive loss does not: d is below c in every seed, e above b
-    only in some. Yet 97 % of the queries find their key (1/B: 1.6 %).
+    Returns with 0 distractors, three seeds: state 38.77, rad 37.43, curl 37.10, pixel 36.45. The
+    augmentation helps, the contrastive loss does not. All: benchmark/README.md.
 
 Try
     1. --mode rad, then --mode pixel: what did the contrastive loss add, what did the shift?
@@ -75,12 +87,10 @@ Try
 """
 
 import copy
-import csv
 import ctypes
 import json
 import math
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -99,6 +109,9 @@ import sprites_env
 Mode = Literal["state", "pixel", "rad", "curl", "curl_unaugmented_sac", "contrastive_only"]
 SHIFTED = ("rad", "curl", "contrastive_only")  # modes in which soft actor critic sees shifts
 CONTRASTIVE = ("curl", "curl_unaugmented_sac", "contrastive_only")
+ACTOR_EVERY = 2  # updates of the critic to one of actor and slow copies, as in the paper
+LOG_STD_LOW, LOG_STD_HIGH = -10, 2  # of the policy, before tanh
+PROBE_EPISODES = 160  # of random actions, three quarters of them to fit, the others to test
 
 
 @dataclass(frozen=True)
@@ -114,7 +127,7 @@ class Args:
     gamma: float = 0.2  # discount factor
     tau: float = 0.01  # how fast the target critic follows
     encoder_tau: float = 0.05  # τ', how fast the key encoder follows
-    temperature: float = 0.01  # α at the start, for rewards in units of their standard deviation
+    alpha: float = 0.01  # α at the start, for rewards in units of their standard deviation
     frame_stack: int = 3  # frames that the encoder sees at once (S)
     pad: int = 4  # a shift is by at most this many pixels
     z_dim: int = 50  # size of the code (Z)
@@ -125,6 +138,37 @@ class Args:
     torch_threads: int = 1  # 0 for PyTorch's choice; these networks gain little from a second one
     out: str | None = None  # folder to write to (default: see Writes)
     overwrite: bool = False  # redo a finished run
+
+    def __post_init__(self):
+        require_positive(self, but="gamma pad")
+        below = self.gamma < 1 and self.tau <= 1 and self.encoder_tau <= 1
+        require(below, "--gamma must be below 1, --tau and --encoder-tau not above")
+        T = make_env(self, 1).horizon
+        least = self.num_envs * T * max(1, math.ceil(self.first_update / T))
+        rounds = f"in rounds of {self.num_envs * T}"
+        require(self.total_steps >= least, f"--total-steps must be at least {least}, {rounds}")
+        require(
+            self.frame_stack < T, f"--frame-stack must be less than the {T} steps of an episode"
+        )
+        others = self.batch_size > 1 or self.mode not in CONTRASTIVE
+        require(others, "a contrastive loss needs others: --batch-size of 2 or more")
+
+    @property
+    def first_update(self):  # after so many steps of all environments
+        return math.ceil(self.initial_steps / self.num_envs)
+
+    @property
+    def frames(self):  # S: a state has velocities
+        return 1 if self.mode == "state" else self.frame_stack
+
+    @property
+    def environment(self):
+        observation = "state" if self.mode == "state" else "image"
+        return {"distractors": self.distractors, "observation": observation}
+
+    @property
+    def run_name(self):
+        return f"{self.mode}_d{self.distractors}_s{self.seed}"
 
 
 # --- Networks --------------------------------------------------------------------------------
@@ -138,38 +182,87 @@ def patch_convolutions(frames):
 
 
 def code_head(size_in, z_dim):
-    """A linear map, normalised and squashed: (B, H) -> (B, Z) in [-1, 1]."""
+    """A linear map, normalised and squashed: (B, F) -> (B, Z) in [-1, 1]."""
     linear = orthogonal_(nn.Linear(size_in, z_dim))
     return nn.Sequential(linear, nn.LayerNorm(z_dim), nn.Tanh())
 
 
 class SquashedActor(nn.Module):
-    """π(a|s): a = tanh(u), u ~ N(mean, sd²), eq. (7). log sd is kept in [-10, 2]."""
+    """π(a|s) before tanh: u ~ N(mean, sd²)."""
 
-    def __init__(self, features, size_in, hidden, action_dim):
+    def __init__(self, size_in, hidden, action_dim):
         super().__init__()
-        self.features, self.mlp = features, mlp(size_in, hidden, 2 * action_dim)
+        self.mlp = mlp(size_in, hidden, 2 * action_dim)
         nn.init.orthogonal_(self.mlp[-1].weight, 0.01)  # start with actions around zero
 
-    def forward(self, h):  # (B, H) -> mean (B, A), log_std (B, A)
-        mean, x = self.mlp(self.features(h)).chunk(2, dim=-1)
-        return mean, -10 + 6 * (x.tanh() + 1)
+    def forward(self, z):  # (B, Z) -> mean (B, A), log_std (B, A)
+        mean, x = self.mlp(z).chunk(2, dim=-1)
+        return mean, LOG_STD_LOW + (LOG_STD_HIGH - LOG_STD_LOW) / 2 * (x.tanh() + 1)
 
 
 class TwinCritic(nn.Module):
-    """Two Q functions; the smaller one is believed."""
+    """Two Q functions of one input. Targets take the smaller of both: a single one is too high
+    wherever its error happens to be positive, as that is where the policy goes."""
 
-    def __init__(self, features, size_in, hidden, action_dim):
+    def __init__(self, size_in, hidden, action_dim):
         super().__init__()
-        self.features = features
         self.heads = nn.ModuleList(mlp(size_in + action_dim, hidden, 1) for _ in range(2))
 
-    def forward(self, obs, action):  # (B, D), (B, A) -> (2, B)
-        x = torch.cat([self.features(obs), action], dim=-1)
-        return torch.cat([head(x) for head in self.heads], dim=-1).T
+    def forward(self, x, action):  # (B, D), (B, A) -> (2, B)
+        inputs = torch.cat([x, action], dim=-1)
+        return torch.cat([head(inputs) for head in self.heads], dim=-1).T
 
 
-# --- The algorithm: pure functions of tensors ------------------------------------------------
+def mlp(size_in, hidden, size_out):
+    """A multilayer perceptron of three layers."""
+    layers = [nn.Linear(size_in, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
+    return orthogonal_(nn.Sequential(*layers, nn.Linear(hidden, size_out)))
+
+
+def orthogonal_(module):
+    """Orthogonal weights and zero biases, so that no signal vanishes on its way."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.orthogonal_(layer.weight, math.sqrt(2))
+            nn.init.zeros_(layer.bias)
+    return module
+
+
+class CURLAgent:
+    """Encoder, critic, actor, W and α, slow copies of the first two, and two optimisers."""
+
+    def __init__(self, space, action_dim, args, device):
+        self.space, self.device, pixels = space, device, args.mode != "state"
+        z_dim = args.z_dim if pixels else space.shape[0]
+        head = (lambda: code_head(2048, z_dim)) if pixels else nn.Identity
+        self.convolutions = patch_convolutions(args.frames) if pixels else nn.Identity()
+        self.head = head()
+        self.encoder = nn.Sequential(self.convolutions, self.head).to(device)
+        self.critic = TwinCritic(z_dim, args.hidden, action_dim).to(device)
+        self.actor = nn.Sequential(head(), SquashedActor(z_dim, args.hidden, action_dim)).to(device)
+        self.W = nn.Parameter(torch.eye(z_dim, device=device))
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha), device=device))
+        self.key_encoder, self.critic_target = copy.deepcopy((self.encoder, self.critic))
+        contrast = [self.W] if args.mode in CONTRASTIVE else []
+        learnt = [*self.critic.parameters(), *self.encoder.parameters(), *contrast]
+        acting = [*self.actor.parameters(), self.log_alpha]
+        self.optimizer = torch.optim.Adam(learnt, lr=args.learning_rate, fused=True)
+        self.actor_optimizer = torch.optim.Adam(acting, lr=args.learning_rate, fused=True)
+
+    def see(self, obs):  # uint8 stacks to [0, 1], states to [-1, 1]
+        if len(self.space.shape) == 3:
+            return to_tensor(obs, self.device)
+        low, high = (to_tensor(x, self.device) for x in (self.space.low, self.space.high))
+        return 2 * (to_tensor(obs, self.device) - low) / (high - low) - 1
+
+    @torch.no_grad()
+    def act(self, obs, noise=False):  # (N, ...) -> (N, A), arrays
+        mean, log_std = self.actor(self.convolutions(self.see(obs)))
+        action = sample_squashed(mean, log_std)[0] if noise else mean.tanh()
+        return action.cpu().numpy()
+
+
+# --- Losses: pure functions of tensors -------------------------------------------------------
 
 
 def random_shift(stacks, offsets, pad):
@@ -204,19 +297,19 @@ def td_target(reward, terminated, next_value, gamma):
 
 
 def critic_loss(q, target):
-    """Σᵢ E[(Qᵢ(s,a) − y)²], eq. (4). q (2, B), target (B,) -> scalar."""
+    """Σᵢ E[(Qᵢ(s,a) − y)²], eq. (5). q (2, B), target (B,) -> scalar."""
     assert q.shape == (2, *target.shape)
     return (q - target).square().mean(-1).sum()
 
 
-def soft_actor_loss(q, log_prob, entropy_weight):
-    """E[α log π(a|s) − Q(s,a)], eq. (5), for a ~ π(·|s), reparametrised. Both (B,) -> scalar."""
+def soft_actor_loss(q, log_prob, alpha):
+    """E[α log π(a|s) − Q(s,a)], eq. (6), for a ~ π(·|s), reparametrised. Both (B,) -> scalar."""
     assert q.shape == log_prob.shape
-    return (entropy_weight * log_prob - q).mean()
+    return (alpha * log_prob - q).mean()
 
 
 def temperature_loss(log_alpha, log_prob, target_entropy):
-    """E[−α (log π(a|s) + H̄)], eq. (6). log_alpha scalar, log_prob (B,), detached -> scalar."""
+    """E[−α (log π(a|s) + target entropy)], eq. (7). log_alpha scalar, log_prob (B,) -> scalar."""
     return -(log_alpha.exp() * (log_prob.detach() + target_entropy)).mean()
 
 
@@ -227,21 +320,82 @@ def gaussian_log_prob(actions, mean, log_std):
 
 
 def squashed_log_prob(u, mean, log_std):
-    """log π(a|s) = log N(u) − Σ log(1 − tanh²(u)) for a = tanh(u), eq. (7). (B, A) -> (B,).
+    """log π(a|s) = log N(u) − Σ log(1 − tanh²(u)) for a = tanh(u), eq. (8). (B, A) -> (B,).
 
     log(1 − tanh²(u)) = 2 (log 2 − u − softplus(−2u)), which stays finite for large u."""
     correction = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))
     return gaussian_log_prob(u, mean, log_std) - correction.sum(-1)
 
 
+def sample_squashed(mean, log_std):
+    """a ~ π(·|s), differentiable in both, and log π(a|s). (B, A), (B, A) -> (B, A), (B,)."""
+    u = mean + log_std.exp() * torch.randn_like(mean)
+    return u.tanh(), squashed_log_prob(u, mean, log_std)
+
+
+def top_1_accuracy(logits):
+    """The share of queries that have their own key nearest; 1/B by chance. (B, B) -> scalar."""
+    return (logits.argmax(1) == torch.arange(len(logits), device=logits.device)).float().mean()
+
+
 def polyak_(slow, fast, tau):
-    """φ̄ ← φ̄ + τ (φ − φ̄), in place: the target network follows."""
+    """φ̄ ← φ̄ + τ (φ − φ̄), eq. (3), in place: the slow copy follows."""
     with torch.no_grad():
         for target, source in zip(slow.parameters(), fast.parameters()):
             target.lerp_(source, tau)
 
 
+# --- Updates: one gradient step each ---------------------------------------------------------
+
+
+def update_critic_and_encoder(agent, batch, args):
+    """One step of critic and encoder on (5) and, in modes with a contrastive loss, of encoder and W
+    on (2). Returns metrics, and the convolutions' output (B, F) for the actor, without gradient."""
+    h = agent.convolutions(batch["x"])  # (B, F)
+    z = agent.head(h)  # (B, Z)
+    with torch.no_grad():
+        h_next = agent.convolutions(batch["x_next"])
+        a_next, log_prob_next = sample_squashed(*agent.actor(h_next))
+        next_value = agent.critic_target(agent.head(h_next), a_next).amin(0)  # (B,)
+        next_value -= agent.log_alpha.exp() * log_prob_next
+        y = td_target(batch["r"], batch["terminated"], next_value, args.gamma)
+    q = agent.critic(z.detach() if args.mode == "contrastive_only" else z, batch["a"])  # (2, B)
+    loss = critic_loss(q, y)
+    metrics = {"critic_loss": loss.detach(), "entropy": -log_prob_next.mean()}
+    if args.mode in CONTRASTIVE:
+        query = z if args.mode in SHIFTED else agent.encoder(batch["query"])
+        with torch.no_grad():
+            keys = agent.key_encoder(batch["key"])
+        logits = bilinear_logits(query, keys, agent.W)
+        contrastive_loss = info_nce_loss(logits)
+        loss = loss + contrastive_loss
+        metrics["contrastive_loss"] = contrastive_loss.detach()
+        metrics["contrastive_accuracy"] = top_1_accuracy(logits)
+    agent.optimizer.zero_grad()
+    loss.backward()
+    agent.optimizer.step()
+    return metrics, h.detach()
+
+
+def update_actor_and_temperature(agent, h):
+    """One step of the actor on (6), of α on (7). h (B, F) is what the convolutions gave the critic,
+    without gradient: they learn from it, and not from the actor."""
+    a, log_prob = sample_squashed(*agent.actor(h))
+    q = agent.critic(agent.head(h).detach(), a).amin(0)
+    loss = soft_actor_loss(q, log_prob, agent.log_alpha.exp().detach())
+    loss = loss + temperature_loss(agent.log_alpha, log_prob, target_entropy=-a.shape[1])
+    agent.actor_optimizer.zero_grad()
+    loss.backward()
+    agent.actor_optimizer.step()
+
+
 # --- Data ------------------------------------------------------------------------------------
+
+
+def make_env(args, num_envs, **options):
+    """Environments in lockstep. To train on others, change this line: any vector environment will
+    do that resets in the step that ends an episode (README.md has an example)."""
+    return sprites_env.SpritesVectorEnv(num_envs, **args.environment, **options)
 
 
 class FrameReplay:
@@ -264,6 +418,11 @@ class FrameReplay:
         self.actions[new], self.rewards[new], self.terminated[new] = action, reward, terminated
         self.size = new.stop
 
+    def measure_rewards(self):
+        """Mean and deviation of what is there now, to standardise with from now on."""
+        rewards = self.rewards[: self.size]
+        self.reward_mean, self.reward_sd = np.mean(rewards), np.std(rewards)
+
     def sample(self, rng, batch):
         """B transitions: stacks, actions, rewards, next stacks, terminated."""
         i = rng.integers(self.size, size=batch)
@@ -275,198 +434,31 @@ class FrameReplay:
         return stacks, self.actions[i], self.rewards[i], successors, self.terminated[i]
 
 
-# --- Training --------------------------------------------------------------------------------
+def sample_views(replay, rng, agent, args):
+    """A batch as `update_critic_and_encoder` takes it: tensors x (B, S, 64, 64) or (B, D), a, r,
+    x_next, terminated, and views `query` and `key` of the same stacks, where the mode needs them.
+    Every view is shifted by offsets of its own."""
+
+    def shift(stacks):
+        offsets = rng.integers(2 * args.pad + 1, size=(2, len(stacks)))
+        return agent.see(random_shift(stacks, offsets, args.pad))
+
+    s, a, r, s_next, terminated = replay.sample(rng, args.batch_size)
+    view = shift if args.mode in SHIFTED else agent.see
+    batch = {"x": view(s), "x_next": view(s_next)}
+    if args.mode in CONTRASTIVE and args.mode not in SHIFTED:
+        batch["query"] = shift(s)
+    if args.mode in CONTRASTIVE:
+        batch["key"] = shift(s)
+    r = (r - replay.reward_mean) / replay.reward_sd
+    outcome = {"a": a, "r": r, "terminated": terminated}
+    return batch | {name: to_tensor(array, agent.device) for name, array in outcome.items()}
 
 
-def train(args):
-    """One run; returns the content of summary.json."""
-    check(args, "total_steps num_envs initial_steps updates batch_size learning_rate tau")
-    check(args, "encoder_tau temperature frame_stack z_dim hidden eval_episodes")
-    pixels, shifted = args.mode != "state", args.mode in SHIFTED
-    contrastive = args.mode in CONTRASTIVE
-    frames = args.frame_stack if pixels else 1  # a state has velocities
-
-    def make_env(num_envs, render_mode=None):
-        options = {"distractors": args.distractors, "render_mode": render_mode}
-        options["observation"] = "image" if pixels else "state"
-        return sprites_env.SpritesVectorEnv(num_envs, **options)
-
-    env = make_env(args.num_envs)
-    N, T, space = env.num_envs, env.horizon, env.single_observation_space
-    rounds = args.total_steps // (N * T)
-    first_update = math.ceil(args.initial_steps / N)  # after this many steps of all environments
-    if not (0 <= args.gamma < 1 and args.tau <= 1 and args.encoder_tau <= 1 and args.pad >= 0):
-        raise SystemExit(
-            "error: --gamma in [0, 1), --tau and --encoder-tau up to 1, --pad from 0 on"
-        )
-    if rounds * T < max(1, first_update):
-        least = N * T * max(1, math.ceil(first_update / T))
-        raise SystemExit(f"error: --total-steps must be at least {least}, in rounds of {N * T}")
-    if args.frame_stack >= T:
-        raise SystemExit(f"error: --frame-stack must be less than the {T} steps of an episode")
-    if contrastive and args.batch_size < 2:
-        raise SystemExit("error: a contrastive loss needs others: --batch-size of 2 or more")
-    device = prepare(args)
-    out = open_run(args, f"{args.mode}_d{args.distractors}_s{args.seed}", device)
-
-    def to_tensor(array):
-        return torch.as_tensor(array, dtype=torch.float32, device=device)
-
-    def to_input(obs):  # uint8 frames to [0, 1], states to [-1, 1]
-        if pixels:
-            return to_float(obs, device)
-        low, high = to_tensor(space.low), to_tensor(space.high)
-        return 2 * (to_tensor(obs) - low) / (high - low) - 1
-
-    A, Z = env.single_action_space.shape[0], args.z_dim if pixels else space.shape[0]
-    make_head = (lambda: code_head(2048, Z)) if pixels else nn.Identity
-    convolutions, head = patch_convolutions(frames) if pixels else nn.Identity(), make_head()
-    encoder = nn.Sequential(convolutions, head).to(device)
-    critic = TwinCritic(nn.Identity(), Z, args.hidden, A).to(device)
-    actor = SquashedActor(make_head(), Z, args.hidden, A).to(device)
-    W = nn.Parameter(torch.eye(Z, device=device))
-    log_alpha = nn.Parameter(torch.tensor(math.log(args.temperature), device=device))
-    encoder_start = copy.deepcopy(encoder)  # the probe's control
-    key_encoder, critic_target = copy.deepcopy((encoder, critic))
-    learnt = [*critic.parameters(), *encoder.parameters(), *([W] if contrastive else [])]
-    optimizer = torch.optim.Adam(learnt, lr=args.learning_rate, fused=True)
-    policy_parameters = [*actor.parameters(), log_alpha]
-    policy_optimizer = torch.optim.Adam(policy_parameters, lr=args.learning_rate, fused=True)
-
-    replay, rng = FrameReplay(rounds, N, T, space, A, frames), np.random.default_rng(args.seed)
-    print(f"replay: {replay.observations.nbytes:,} bytes of observations, each stored once")
-
-    def shift(stacks):  # each stack by an offset of its own
-        return random_shift(stacks, rng.integers(2 * args.pad + 1, size=(2, len(stacks))), args.pad)
-
-    def sampled(mean, log_std):  # a ~ π(·|s), differentiable in both, and log π(a|s)
-        u = mean + log_std.exp() * torch.randn_like(mean)
-        return u.tanh(), squashed_log_prob(u, mean, log_std)
-
-    def policy(stacks):  # without noise
-        return actor(convolutions(to_input(stacks)))[0].tanh()
-
-    @torch.no_grad()
-    def explore(stacks):
-        return sampled(*actor(convolutions(to_input(stacks))))[0].cpu().numpy()
-
-    log, update, recent = Log(out, rounds * N * T), 0, []  # accuracies since the last report
-    total_updates = (rounds * T - first_update + 1) * args.updates
-    reports = {max(first_update, math.ceil(rounds * T * i / 20)) for i in range(1, 21)}
-    obs, _ = env.reset(seed=args.seed * 100_000)
-    train_return = float("nan")  # of the last episodes
-    for step in range(1, rounds * T + 1):
-        # act
-        if (step - 1) % T == 0:
-            act, episode_return = remembering(explore, frames), 0
-        action = act(obs)
-        if step <= first_update:
-            action = rng.uniform(-1, 1, action.shape)
-        next_obs, reward, terminated, truncated, info = env.step(action)
-        ended = terminated | truncated
-        assert ended.all() == ended.any() == (step % T == 0)  # in lockstep
-
-        # store
-        successor = np.stack(info["final_obs"]) if ended.any() else next_obs
-        replay.add(obs, action, reward, successor, terminated)
-        obs, episode_return = next_obs, episode_return + reward
-        if ended.any():
-            train_return = episode_return.mean()
-        if step < first_update:
-            continue
-        if step == first_update:  # rewards are standardised with those of random actions
-            reward_mean, reward_sd = (f(replay.rewards[: replay.size]) for f in (np.mean, np.std))
-
-        # learn
-        for _ in range(args.updates):
-            update += 1
-            for group in optimizer.param_groups + policy_optimizer.param_groups:
-                group["lr"] = args.learning_rate * (1 - (update - 1) / total_updates)
-            s, a, r, s_next, terminated = replay.sample(rng, args.batch_size)
-            a, terminated = to_tensor(a), to_tensor(terminated)
-            r = to_tensor((r - reward_mean) / reward_sd)
-            x, x_next = (to_input(shift(y) if shifted else y) for y in (s, s_next))
-            h = convolutions(x)  # (B, H)
-            z = head(h)  # (B, Z)
-
-            with torch.no_grad():  # critic, eq. (4)
-                h_next = convolutions(x_next)
-                a_next, log_prob_next = sampled(*actor(h_next))
-                next_value = critic_target(head(h_next), a_next).amin(0)  # (B,)
-                next_value -= log_alpha.exp() * log_prob_next
-                y = td_target(r, terminated, next_value, args.gamma)
-            q = critic(z.detach() if args.mode == "contrastive_only" else z, a)  # (2, B)
-            loss = critic_loss(q, y)
-            metrics = {"critic_loss": loss}
-
-            if contrastive:  # eqs. (1), (2)
-                query = z if shifted else encoder(to_input(shift(s)))
-                with torch.no_grad():
-                    keys = key_encoder(to_input(shift(s)))
-                logits = bilinear_logits(query, keys, W)
-                metrics["contrastive_loss"] = info_nce_loss(logits)
-                loss = loss + metrics["contrastive_loss"]
-                recent.append(top_1_accuracy(logits))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-            if update % 2 == 0:  # every second time, as in the paper
-                h = h.detach()  # the convolutions learn from the critic, not from the actor
-                a_new, log_prob = sampled(*actor(h))
-                q_new = critic(head(h).detach(), a_new).amin(0)
-                policy_loss = soft_actor_loss(q_new, log_prob, log_alpha.exp().detach())  # eq. (5)
-                policy_loss = policy_loss + temperature_loss(log_alpha, log_prob, -A)  # eq. (6)
-                policy_optimizer.zero_grad()
-                policy_loss.backward()
-                policy_optimizer.step()
-                polyak_(critic_target, critic, args.tau)
-                polyak_(key_encoder, encoder, args.encoder_tau)  # eq. (3)
-
-        # report
-        if step in reports:
-            returns = evaluate(remembering(policy, frames), make_env(args.eval_episodes))
-            if contrastive:
-                metrics["contrastive_accuracy"] = torch.stack(recent).mean()
-                recent.clear()
-            metrics |= {"temperature": log_alpha.exp(), "entropy": -log_prob_next.mean()}
-            metrics = {name: value.item() for name, value in metrics.items()}
-            log.report(step * N, eval_return=returns.mean(), train_return=train_return, **metrics)
-            saved = {"encoder": encoder.state_dict(), "actor": actor.state_dict(), "step": step * N}
-            write_whole(out / "checkpoint.pt", lambda t, saved=saved: torch.save(saved, t))
-
-    summary = {
-        "eval_return_mean": returns.mean(),
-        "eval_return_std": returns.std(),
-        "eval_episodes": args.eval_episodes,
-        "score": sprites_env.score(returns.mean()),
-        "updates": update,
-        "minutes": round(log.minutes(), 2),
-    }
-    if contrastive:
-        summary["contrastive_accuracy"] = metrics["contrastive_accuracy"]
-    if pixels:
-        stacks, states, shapes = random_stacks(make_env(PROBE_EPISODES), frames)
-        seen = {"encoder": encoder, "random_encoder": encoder_start, "pixels": nn.Flatten()}
-        codes = {name: encode(module, to_input, stacks) for name, module in seen.items()}
-        r2 = {name: probe(code, states) for name, code in codes.items()}
-        summary |= {"probe_r2" + f"_{name}" * (name != "encoder"): r2[name] for name in r2}
-        plot_neighbours(out / "neighbours.png", codes, states, shapes)
-    panels = [("return of a 40-step episode", ("train_return", "eval_return"))]
-    if contrastive:
-        panels += [(f"keys found (1/B: {1 / args.batch_size:.3f})", ("contrastive_accuracy",))]
-    levels = sprites_env.REFERENCE_RETURNS["follow"].items()
-    plot_curve(out / "curve.png", log.rows, panels, "environment steps", levels)
-    film = []
-    evaluate(remembering(policy, frames), make_env(4, "rgb_array"), film)
-    save_gif(out / "rollout.gif", film)
-    write_whole(out / "summary.json", lambda t: t.write_text(json.dumps(summary, indent=1)))
-    return summary
-
-
-# --- Appendix: probe, layers, evaluation, pictures, run folder, log --------------------------
-
-PROBE_EPISODES = 160  # of random actions, three quarters of them to fit, the others to test
+def to_tensor(array, device):
+    """float32 on the device; frames, which are uint8, in [0, 1]. Array or tensor."""
+    x = torch.as_tensor(array, device=device)
+    return x.float().div_(255) if x.dtype == torch.uint8 else x.float()
 
 
 def remembering(policy, frames):
@@ -481,22 +473,21 @@ def remembering(policy, frames):
     return act
 
 
-def top_1_accuracy(logits):
-    """The share of queries that have their own key nearest; 1/B by chance. (B, B) -> scalar."""
-    return (logits.argmax(1) == torch.arange(len(logits), device=logits.device)).float().mean()
+# --- Measures: what is in the code? ----------------------------------------------------------
 
 
 def ridge_r2(x, y, x_test, y_test, penalty=0.1):
-    """R² = 1 − Σ (y − ŷ)² / Σ (y − ȳ)² with ŷ = ȳ + k(x) (K + λ I)⁻¹ (y − ȳ), eq. (8).
+    """R² of ŷ(x) = m + g(x)ᵀ (G + c I)⁻¹ (y − m) on test data, eq. (9), c the penalty.
 
     x (M, D), y (M, C), x_test (L, D), y_test (L, C) -> (C,). This is the dual form: D may be all
-    pixels of a stack. K is scaled to a mean of 1 on its diagonal."""
+    pixels of a stack. G is scaled to a mean of 1 on its diagonal."""
     centre, mean = x.mean(0), y.mean(0)
     a, b = x - centre, x_test - centre
-    K, k = a @ a.T, b @ a.T
-    scale = K.diagonal().mean()
+    gram, products = a @ a.T, b @ a.T
+    scale = gram.diagonal().mean()
     identity = torch.eye(len(a), dtype=a.dtype, device=a.device)
-    predicted = mean + k / scale @ torch.linalg.solve(K / scale + penalty * identity, y - mean)
+    weights = torch.linalg.solve(gram / scale + penalty * identity, y - mean)
+    predicted = mean + products / scale @ weights
     error, deviation = y_test - predicted, y_test - y_test.mean(0)
     return 1 - error.square().sum(0) / deviation.square().sum(0)
 
@@ -516,13 +507,13 @@ def random_stacks(env, frames):
 
 
 @torch.no_grad()
-def encode(encoder, to_input, stacks):
+def encode(encoder, see, stacks):
     """Codes (E, M, Z) of stacks (E, M, S, 64, 64), one step of all episodes at a time."""
-    return torch.stack([encoder(to_input(x)).cpu() for x in np.swapaxes(stacks, 0, 1)], dim=1)
+    return torch.stack([encoder(see(x)).cpu() for x in np.swapaxes(stacks, 0, 1)], dim=1)
 
 
 def probe(codes, states):
-    """R² of ridge regressions (8) from codes (E, M, Z) to what the frames show, by quantity: fitted
+    """R² of ridge regressions (9) from codes (E, M, Z) to what the frames show, by quantity: fitted
     on the first three quarters of the episodes, tested on the others."""
     agent, target = states[..., 0, :2], states[..., 1, :2]
     quantities = {"agent": agent, "target": target, "relative_position": target - agent}
@@ -535,176 +526,204 @@ def probe(codes, states):
     return {n: r.mean().item() for n, r in zip(quantities, r2.split(widths))}
 
 
-def plot_neighbours(path, codes, states, shapes):
+def draw_neighbours(codes, states, shapes):
     """For six query frames, the nearest two of other episodes, in z and in pixels."""
-    from matplotlib.figure import Figure
-
     queries, M = np.linspace(0, len(states) - 1, 6).astype(int), states.shape[1]
-    figure = Figure(figsize=(8.4, 7.2), layout="constrained")
-    axes = figure.subplots(5, len(queries))
 
-    def show(axis, episode, t, label):
-        axis.imshow(sprites_env.draw_rgb(states[episode, t, :, :2], shapes[episode], scale=2))
-        axis.set(xticks=[], yticks=[])
-        if axis.get_subplotspec().is_first_col():
-            axis.set_ylabel(label)
+    def draw(frames):  # pairs (episode, step) -> (6, 128, 128, 3)
+        pairs = ((states[e, t, :, :2], shapes[e]) for e, t in frames)
+        return np.stack([sprites_env.draw_rgb(*pair, scale=2) for pair in pairs])
 
-    for column, query in zip(axes.T, queries):
-        show(column[0], query, M // 2, "query")
-        for rows, name, label in ((column[1:3], "encoder", "z"), (column[3:], "pixels", "pixels")):
+    rows = {"query": draw([(query, M // 2) for query in queries])}
+    for name, label in (("encoder", "z"), ("pixels", "pixels")):
+        nearest = []
+        for query in queries:
             distance = (codes[name] - codes[name][query, M // 2]).square().sum(-1)  # (E, M)
             distance[query] = float("inf")
-            for axis, near in zip(rows, distance.flatten().argsort()[:2].tolist()):
-                show(axis, *divmod(near, M), f"near in {label}")
-    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=80))
+            nearest.append([divmod(i, M) for i in distance.flatten().argsort()[:2].tolist()])
+        first, second = zip(*nearest)
+        rows |= {f"nearest\nin {label}": draw(first), f"second\nin {label}": draw(second)}
+    return sprites_env.draw_images(rows)
 
 
-def plot_curve(path, rows, panels, x_label, levels=(), offline=0):
-    """A panel for each (y label, columns of curve.csv); dashed: levels (name, y); grey: offline."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * max(1.2, len(panels)), 3.8), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    axes[0].axvspan(0, offline, color="grey", alpha=0.15, lw=0)
-    for name, y in levels:
-        axes[0].axhline(y, color="grey", lw=0.8, ls="--", zorder=0)
-        axes[0].annotate(name, (0, y), xycoords=("axes fraction", "data"), color="grey", size=8)
-    for axis, (y_label, names) in zip(axes, panels):
-        for name in names:
-            values = [row[name] for row in rows]
-            axis.plot([row["step"] for row in rows], values, label=name.replace("_", " "))
-        axis.set(xlabel=x_label, ylabel=y_label, yscale="log" if "error" in y_label else "linear")
-        axis.legend(fontsize=8)
-    figure.suptitle(path.parent.name, fontsize=10)
-    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))
+# --- Training --------------------------------------------------------------------------------
 
 
-def mlp(size_in, hidden, size_out):
-    """A multilayer perceptron of three layers."""
-    layers = [nn.Linear(size_in, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
-    return orthogonal_(nn.Sequential(*layers, nn.Linear(hidden, size_out)))
+def train(args):
+    """One run; returns the content of summary.json."""
+    env = make_env(args, args.num_envs)
+    N, T, space = args.num_envs, env.horizon, env.single_observation_space
+    rounds, action_dim = args.total_steps // (N * T), env.single_action_space.shape[0]
+    run = Run(args, total=rounds * N * T)
+    agent = CURLAgent(space, action_dim, args, run.device)
+    random_encoder = copy.deepcopy(agent.encoder)  # the probe's control
+    replay = FrameReplay(rounds, N, T, space, action_dim, args.frames)
+    print(f"replay: {replay.observations.nbytes:,} bytes of observations, each stored once")
+    rng, recent, updates = np.random.default_rng(args.seed), [], 0
+    total_updates = (rounds * T - args.first_update + 1) * args.updates
+    reports = {max(args.first_update, math.ceil(rounds * T * i / 20)) for i in range(1, 21)}
+
+    episodes = sprites_env.Episodes(env, args.seed * 100_000)
+    for step in range(1, rounds * T + 1):
+        # act
+        if (step - 1) % T == 0:  # all environments start an episode together
+            act = remembering(lambda stacks: agent.act(stacks, noise=True), args.frames)
+        obs, action = episodes.obs, act(episodes.obs)
+        if step <= args.first_update:
+            action = rng.uniform(-1, 1, action.shape)
+        successors, reward, terminated, truncated = episodes.step(action)
+        assert (terminated | truncated).all() == (terminated | truncated).any() == (step % T == 0)
+
+        # store
+        replay.add(obs, action, reward, successors, terminated)
+        if step < args.first_update:
+            continue
+        if step == args.first_update:
+            replay.measure_rewards()
+
+        # learn
+        for _ in range(args.updates):
+            rate = args.learning_rate * (1 - updates / total_updates)
+            for optimizer in (agent.optimizer, agent.actor_optimizer):
+                optimizer.param_groups[0]["lr"] = rate
+            updates += 1
+            batch = sample_views(replay, rng, agent, args)
+            metrics, h = update_critic_and_encoder(agent, batch, args)
+            recent.append(metrics.get("contrastive_accuracy"))
+            if updates % ACTOR_EVERY == 0:
+                update_actor_and_temperature(agent, h)
+                polyak_(agent.critic_target, agent.critic, args.tau)
+                polyak_(agent.key_encoder, agent.encoder, args.encoder_tau)
+
+        # report
+        if step in reports:
+            policy = remembering(agent.act, args.frames)
+            returns = sprites_env.evaluate(policy, make_env(args, args.eval_episodes))
+            if args.mode in CONTRASTIVE:
+                metrics["contrastive_accuracy"] = torch.stack(recent).mean()
+            recent.clear()
+            metrics = {name: value.item() for name, value in metrics.items()}
+            metrics["alpha"] = agent.log_alpha.exp().item()
+            last = np.mean(episodes.finished[-N:] or float("nan"))
+            run.report(step * N, eval_return=returns.mean(), train_return=last, **metrics)
+            networks = {"encoder": agent.encoder.state_dict(), "actor": agent.actor.state_dict()}
+            run.save("checkpoint.pt", networks | {"step": step * N})
+
+    env, policy = make_env(args, 4, render_mode="rgb_array"), remembering(agent.act, args.frames)
+    run.save("rollout.gif", sprites_env.film(policy, env))
+    summary = sprites_env.summary(returns) | {"updates": updates}
+    panels = [("return of a 40-step episode", ("train_return", "eval_return"))]
+    if args.mode in CONTRASTIVE:
+        panels += [(f"keys found (1/B: {1 / args.batch_size:.3f})", ("contrastive_accuracy",))]
+        summary["contrastive_accuracy"] = metrics["contrastive_accuracy"]
+    if args.mode != "state":
+        summary |= probe_encoders(run, agent, random_encoder, args)
+    levels = sprites_env.REFERENCE_RETURNS["follow"].items()
+    return run.finish(summary, panels, "environment steps", levels)
 
 
-def orthogonal_(module):
-    """Orthogonal weights and zero biases. With PyTorch's default, the signal all but vanishes on
-    its way through six stride-2 layers, and nothing is learnt for thousands of updates."""
-    for layer in module.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            nn.init.orthogonal_(layer.weight, math.sqrt(2))
-            nn.init.zeros_(layer.bias)
-    return module
+def probe_encoders(run, agent, random_encoder, args):
+    """R² by quantity, of the codes and of two controls; draws neighbours.png."""
+    env = make_env(args, PROBE_EPISODES)
+    stacks, states, shapes = random_stacks(env, args.frames)
+    seen = {"encoder": agent.encoder, "random_encoder": random_encoder, "pixels": nn.Flatten()}
+    codes = {name: encode(module, agent.see, stacks) for name, module in seen.items()}
+    run.save("neighbours.png", draw_neighbours(codes, states, shapes))
+    names = {"encoder": "probe_r2", "random_encoder": "probe_r2_random_encoder"}
+    names["pixels"] = "probe_r2_pixels"
+    return {names[name]: probe(code, states) for name, code in codes.items()}
 
 
-@torch.no_grad()
-def evaluate(policy, env, film=None):
-    """Returns (num_envs,) of one fresh episode per environment. `policy` maps observations to
-    actions; a list as `film` collects what `env.render()` shows before each step."""
-    obs, _ = env.reset(seed=10**9)
-    returns, running = np.zeros(env.num_envs), np.ones(env.num_envs, bool)
-    while running.any():
-        if film is not None:
-            film.append(env.render())
-        obs, reward, terminated, truncated, _ = env.step(policy(obs).cpu().numpy())
-        returns += reward * running
-        running &= ~(terminated | truncated)
-    return returns
+# --- Appendix: the run's folder, checks ------------------------------------------------------
 
 
-def save_gif(path, film):
-    """film: a list of tuples of images uint8 (height, width, 3), shown side by side."""
-    from PIL import Image
+class Run:
+    """A run's device and folder. Files are written whole or not at all; summary.json, the last one,
+    says that the run has finished, and a finished run is left alone."""
 
-    rows = [np.concatenate([np.pad(i, ((3, 3), (3, 3), (0, 0))) for i in row], 1) for row in film]
-    first, *rest = [Image.fromarray(row).quantize(16) for row in rows]
-    settings = {"save_all": True, "append_images": rest, "loop": 0, "duration": 100}  # ms
-    write_whole(path, lambda temporary: first.save(temporary, **settings))
+    def __init__(self, args, total):
+        self.rows, self.total, self.start = [], total, time.perf_counter()
+        self.folder = Path(args.out or Path("runs") / Path(__file__).stem / args.run_name)
+        finished = (self.folder / "summary.json").exists() and not args.overwrite
+        require(not finished, f"{self.folder} holds a finished run: --overwrite, or --out FOLDER")
+        cuda = args.device != "cpu" and torch.cuda.is_available()
+        require(cuda or args.device != "cuda", "--device cuda, but PyTorch finds no CUDA device")
+        self.device = torch.device("cuda" if cuda else "cpu")
+        torch.manual_seed(args.seed)
+        if args.torch_threads:
+            torch.set_num_threads(args.torch_threads)
+        if platform.libc_ver()[0] == "glibc":
+            # By default glibc returns large activations to the system after every update, and maps
+            # them anew, page by page: half of the time. TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD:
+            for option, value in ((-1, 1 << 30), (-2, 1 << 28), (-3, 1 << 30)):
+                ctypes.CDLL(None).mallopt(option, value)
+        commit = subprocess.getoutput(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD')
+        facts = {"arguments": asdict(args), "git_commit": commit if len(commit) == 40 else None}
+        facts |= {m.__name__: m.__version__ for m in (gymnasium, np, torch)}
+        facts |= {"python": platform.python_version(), "device": str(self.device)}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name in ("summary.json", "checkpoint.pt", "curve.csv"):  # of an earlier run
+                (self.folder / name).unlink(missing_ok=True)
+            self.save("args.json", facts | {"threads": torch.get_num_threads()})
+        except OSError as error:
+            require(False, f"cannot write to {self.folder}: {error.strerror}")
 
-
-def to_float(frames, device):
-    """uint8 (...), array or tensor -> float32 (...) in [0, 1] on the device."""
-    return torch.as_tensor(frames, device=device).to(torch.float32, copy=True).div_(255)
-
-
-def check(args, positive):
-    """End with one line if one of these arguments is not above zero, or the seed is unusable."""
-    for name in positive.split():
-        if not getattr(args, name) > 0:
-            flag = name.replace("_", "-")
-            raise SystemExit(f"error: --{flag} must be positive, not {getattr(args, name)}")
-    if not 0 <= args.seed < 10_000:  # evaluation and held-out data use seeds from 10**9 on
-        raise SystemExit(f"error: --seed must be in 0 ... 9999, not {args.seed}")
-
-
-def prepare(args):
-    """Threads, seed and memory; returns the device."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("error: --device cuda, but this PyTorch finds no CUDA device")
-    if args.torch_threads > 0:
-        torch.set_num_threads(args.torch_threads)
-    torch.manual_seed(args.seed)
-    if platform.libc_ver()[0] == "glibc":
-        # Large activations come and go with every update. By default glibc hands them back to
-        # the system each time and maps them anew, page by page: up to half of the time.
-        for option, value in ((-1, 1 << 30), (-2, 1 << 28), (-3, 1 << 30)):
-            ctypes.CDLL(None).mallopt(option, value)  # M_TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD
-    cuda = args.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if cuda else "cpu")
-
-
-def open_run(args, name, device):
-    """Make the run's folder and write args.json; a finished run is not overwritten unasked."""
-    out = Path(args.out or Path("runs") / Path(__file__).stem / name)
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout
-    facts = {"arguments": asdict(args), "git_commit": (commit or "").strip() or None}
-    facts |= {module.__name__: module.__version__ for module in (np, torch, gymnasium)}
-    facts |= {"python": platform.python_version(), "device": str(device)}
-    facts |= {"threads": torch.get_num_threads()}
-    try:
-        if (out / "summary.json").exists() and not args.overwrite:
-            raise SystemExit(f"error: {out} holds a finished run: use --overwrite, or --out FOLDER")
-        out.mkdir(parents=True, exist_ok=True)
-        for old in ("summary.json", "checkpoint.pt", "curve.csv"):
-            (out / old).unlink(missing_ok=True)  # of an earlier run: not to be taken for this one's
-        write_whole(out / "args.json", lambda t: t.write_text(json.dumps(facts, indent=1)))
-    except OSError as error:
-        raise SystemExit(f"error: cannot write to {out}: {error.strerror}") from None
-    return out
-
-
-def write_whole(path, save):
-    """Write a file whole or not at all: `save` fills a temporary file, which is then renamed."""
-    temporary = path.with_name("unfinished_" + path.name)
-    save(temporary)
-    temporary.replace(path)
-
-
-class Log:
-    """Appends a row to curve.csv and prints a line of progress at every report."""
-
-    def __init__(self, out, total):
-        self.path, self.total = out / "curve.csv", total
-        self.start, self.rows = time.perf_counter(), []
-
-    def minutes(self):
-        return (time.perf_counter() - self.start) / 60
+    def save(self, name, content):
+        """A dict as .json or .pt, a figure as .png, or a film as .gif."""
+        file = self.folder / f"unfinished_{name}"
+        if file.suffix == ".json":
+            file.write_text(json.dumps(content, indent=1))
+        elif file.suffix == ".pt":
+            torch.save(content, file)
+        elif file.suffix == ".png":
+            content.savefig(file)
+        else:
+            sprites_env.save_gif(file, content)
+        file.replace(self.folder / name)
 
     def report(self, step, **metrics):
-        seconds = 60 * self.minutes()
-        row = {"step": step, "seconds": round(seconds, 2)}
-        row |= {"steps_per_second": round(step / seconds, 1)} | metrics
-        with open(self.path, "a" if self.rows else "w", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if not self.rows:
-                writer.writeheader()
-            writer.writerow(row)
-        self.rows.append(row)
-        left = seconds * (self.total / step - 1)
+        """A row of curve.csv, and a line of progress: on a terminal one line that changes."""
+        seconds = time.perf_counter() - self.start
+        speed, left = step / seconds, seconds * (self.total / step - 1)
+        row = {"step": step, "seconds": round(seconds, 2), "steps_per_second": round(speed, 1)}
+        self.rows.append(row | metrics)
+        with open(self.folder / "curve.csv", "a") as file:
+            if len(self.rows) == 1:
+                print(*self.rows[0], sep=",", file=file)
+            print(*self.rows[-1].values(), sep=",", file=file)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:4])
-        line = f"{step:,}/{self.total:,}  {step / seconds:,.0f}/s  {left:.0f} s left  {shown}"
-        live = sys.stdout.isatty()  # one line that changes, or else one line a report
+        line = f"{step:,}/{self.total:,}  {speed:,.0f}/s  {left:.0f} s left  {shown}"
+        live = sys.stdout.isatty()
         end = "" if live and step < self.total else "\n"
         print(f"\r\033[K{line}" if live else line, end=end, flush=True)
+
+    def finish(self, summary, panels, x_label, levels=(), offline=0):
+        """curve.png (see sprites_env.draw_curve) and summary.json, whose content it returns."""
+        figure = sprites_env.draw_curve(self.rows, panels, x_label, levels, offline)
+        figure.suptitle(self.folder.name, fontsize=10)
+        self.save("curve.png", figure)
+        summary = summary | {"minutes": round((time.perf_counter() - self.start) / 60, 2)}
+        self.save("summary.json", summary)
+        return summary
+
+
+def require(condition, message):
+    """End with one line unless the condition holds."""
+    if not condition:
+        raise SystemExit(f"error: {message}")
+
+
+def require_positive(args, but=""):
+    """All numbers must be finite and positive; those named in `but`, and seeds, may be 0."""
+    for name, value in vars(args).items():
+        zero = name in ("seed", "torch_threads", "distractors", *but.split())
+        flag, least = name.replace("_", "-"), "0 or more" if zero else "positive"
+        for x in value if isinstance(value, tuple) else (value,):
+            if type(x) in (int, float):
+                good = math.isfinite(x) and (x > 0 or zero and x == 0)
+                require(good, f"--{flag} must be finite and {least}, not {x}")
+    require(args.seed < 10_000, f"--seed must be in 0 ... 9999, not {args.seed}")  # 10**9: held out
 
 
 if __name__ == "__main__":

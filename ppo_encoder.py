@@ -4,13 +4,23 @@ What
     An agent learns to follow a target among distractors. What it sees decides how well: the true
     states, images through a network trained from scratch, or images through an encoder pretrained
     by rp_pretrain.py to predict rewards or to reconstruct images, frozen or trained on.
-    Everything else - heads, losses, settings, budget - is the same for all seven.
+    Everything else is the same for all seven: two heads on z, losses, settings, budget.
 
 Paper
     Schulman, Wolski, Dhariwal, Radford & Klimov, "Proximal Policy Optimization Algorithms", 2017,
     arXiv 1707.06347; advantages: Schulman et al. 2015, arXiv 1506.02438. The comparison of
     encoders: Jain, Lee & Pertsch, "Reward-Induced Representation Learning", and Yamada et al.,
     "Task-Induced Representation Learning", ICLR 2022, arXiv 2204.11827.
+
+Algorithm
+    encoder ← make_encoder                          pretrained first, if it is missing
+    calibrate                                       random actions: the scale of z and of returns
+    repeat until --total-steps:
+        rollout ← collect_rollout                   T steps of N environments with the present π
+        Â ← generalized_advantages                  (1)
+        --epochs times, in --minibatches parts:
+            update_actor_critic                     one step on (3) and (2), encoder included
+        twenty times in all: evaluate               200 held-out episodes, without noise
 
 Equations
     (1)  Âₜ = δₜ + γλ (1 − endedₜ) Âₜ₊₁,   δₜ = rₜ + γ V(sₜ₊₁) − V(sₜ)
@@ -31,7 +41,8 @@ Differs from the paper
     4. Orthogonal initialisation everywhere, no batch normalisation (it makes the ratio differ
        from 1 before any learning), two hidden layers of 64 units in actor and critic, not 32.
     5. The 40-step limit truncates: it ends the advantage's trace, not the bootstrap.
-    6. All seven get one frame and the same settings, chosen for image_scratch and oracle.
+    6. All seven get one frame and the same settings, chosen for image_scratch and oracle. z has 64
+       numbers, but 1,024 with cnn, and 8 to 16 with oracle.
 
 Run
     python ppo_encoder.py --encoder reward_prediction
@@ -41,21 +52,14 @@ Writes
     to runs/ppo_encoder/<encoder>[_repel]_d<distractors>_s<seed>/: args.json, curve.csv, curve.png,
     rollout.gif (four episodes), checkpoint.pt (at every report) and summary.json with
     `eval_return_mean`, `eval_return_std` (over episodes), `eval_episodes`, `score` (0 random, 1
-    chasing with known velocity), `steps` and `minutes`.
+    chasing with known velocity), `steps` and `minutes`. Columns of curve.csv: `step` (of all
+    environments), `seconds`, `steps_per_second`, `eval_return`, `train_return` (last N episodes,
+    with noise), `action_sd` (of the policy), and of the last minibatch `value_loss`, `kl` (from
+    the policy that acted) and `clip_fraction`.
 
 Result
-    Returns with 0, 1 and 2 distractors, mean ± sd over seeds 1-5, of
-    python benchmark/study.py (random 28.2, chasing 37.95, with velocity 38.9):
-
-        oracle                         38.84 ± 0.01    38.84 ± 0.00    38.83 ± 0.00
-        reward_prediction_finetune     37.89 ± 0.06    37.57 ± 0.09    37.50 ± 0.10
-        reward_prediction              37.68 ± 0.12    37.33 ± 0.15    37.26 ± 0.09
-        image_scratch                  37.65 ± 0.09    36.31 ± 0.31    35.95 ± 0.30
-        cnn                            37.64 ± 0.09    36.88 ± 0.18    36.30 ± 0.17
-        image_reconstruction_finetune  37.68 ± 0.08    36.66 ± 0.78    36.10 ± 0.71
-        image_reconstruction           34.29 ± 2.32    29.63 ± 0.17    28.66 ± 0.21
-
-    On one thread: seconds (oracle), half a minute (frozen), two to four minutes (the others).
+    Returns with 2 distractors, five seeds: oracle 38.83, reward_prediction 37.26, image_scratch
+    35.95, image_reconstruction 28.66; random 28.2, chasing 37.95. All: benchmark/README.md.
 
 Try
     1. --encoder oracle --gamma 0.95 --out runs/a, image_scratch in runs/b: who needs the future?
@@ -63,12 +67,10 @@ Try
     3. Delete the line with `orthogonal_` in `Encoder`, run --encoder image_scratch --out runs/init.
 """
 
-import csv
 import ctypes
 import json
 import math
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -93,6 +95,8 @@ Input = Literal[
     "reward_prediction",  # the same, pretrained to predict rewards, frozen
     "reward_prediction_finetune",  # the same, trained on
 ]
+PRETRAINED = ("image_reconstruction", "reward_prediction")
+FROZEN = ("oracle", *PRETRAINED)  # z never changes
 
 
 @dataclass(frozen=True)
@@ -119,31 +123,125 @@ class Args:
     out: str | None = None  # folder to write to (default: see Writes)
     overwrite: bool = False  # redo a finished run
 
+    def __post_init__(self):
+        require_positive(self, but="gamma gae_lambda")
+        require(
+            self.gamma < 1 and self.gae_lambda <= 1,
+            "--gamma must be below 1, --gae-lambda not above",
+        )
+        rollout = self.num_envs * self.rollout_steps
+        least = f"--total-steps must be at least two rollouts, {2 * rollout}"
+        require(self.total_steps >= 2 * rollout, least)
+        most = f"--minibatches must be at most half of a rollout, {rollout // 2}"
+        require(2 * self.minibatches <= rollout, most)
+        if self.encoder_path:
+            useful = self.encoder.startswith(PRETRAINED)
+            require(useful, f"--encoder-path is of no use to --encoder {self.encoder}")
+            load_encoder(self.encoder_path, self.encoder)
+
+    @property
+    def environment(self):
+        observation = "state" if self.encoder == "oracle" else "image"
+        return {"distractors": self.distractors, "task": self.task, "observation": observation}
+
+    @property
+    def run_name(self):
+        task = "_repel" if self.task == "repel" else ""
+        return f"{self.encoder}{task}_d{self.distractors}_s{self.seed}"
+
 
 # --- Networks --------------------------------------------------------------------------------
 
 
-def strided_convolutions(channels, batch_norm=False):
+def strided_convolutions(channels):
     """3 x 3 convolutions, each halving the image's height and width, each followed by a ReLU."""
     layers = []
     for c_in, c_out in zip(channels[:-1], channels[1:]):
-        norm = [nn.BatchNorm2d(c_out)] if batch_norm else []
-        layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), *norm, nn.ReLU()]
+        layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.ReLU()]
     return nn.Sequential(*layers)
 
 
 class Encoder(nn.Module):
     """Six convolutions, 64 x 64 -> 1 x 1 pixel, and a linear map: an image becomes a vector z."""
 
-    def __init__(self, z_dim=64, batch_norm=False):
+    def __init__(self, z_dim=64):
         super().__init__()
-        self.convolutions = strided_convolutions((1, 4, 8, 16, 32, 64, 128), batch_norm)
+        self.convolutions = strided_convolutions((1, 4, 8, 16, 32, 64, 128))
         self.to_z = nn.Linear(128, z_dim)
         orthogonal_(self).to(memory_format=torch.channels_last)  # same numbers, faster
 
     def forward(self, frames):  # float (B, 1, 64, 64) in [0, 1]
         h = self.convolutions(frames)  # (B, 128, 1, 1)
         return self.to_z(h.flatten(1))  # (B, Z)
+
+
+def batch_normalized(convolutions):
+    """The same layers, with batch normalisation after each convolution."""
+    layers = []
+    for layer in convolutions:
+        is_convolution = isinstance(layer, nn.Conv2d)
+        layers += [layer, nn.BatchNorm2d(layer.out_channels)] if is_convolution else [layer]
+    return nn.Sequential(*layers)
+
+
+def make_encoder(args):
+    """What turns an observation into z: true states stay as they are."""
+    if args.encoder == "oracle":
+        return nn.Identity()
+    if args.encoder == "cnn":
+        cnn = nn.Sequential(strided_convolutions((1, 16, 16, 16)), nn.Flatten())  # 16 x 8 x 8
+        return orthogonal_(cnn).to(memory_format=torch.channels_last)
+    if args.encoder == "image_scratch":
+        return Encoder()
+    return load_encoder(args.encoder_path or find_or_pretrain(args), args.encoder)
+
+
+def find_or_pretrain(args):
+    """The encoder.pt of this objective, number of distractors and seed; if there is none yet,
+    rp_pretrain.py is run, as a program of its own, so that neither script imports the other."""
+    objective = args.encoder.removesuffix("_finetune")
+    folder = Path("runs") / "rp_pretrain" / f"{objective}_d{args.distractors}_s{args.seed}"
+    if not (folder / "encoder.pt").exists():
+        script = Path(__file__).with_name("rp_pretrain.py")
+        require(script.exists(), f"--encoder {args.encoder} needs {script}: copy it, too")
+        print(f"{folder / 'encoder.pt'} is missing: running {script.name} first", flush=True)
+        command = [sys.executable, str(script), "--objective", objective, "--out", str(folder)]
+        for flag in ("distractors", "seed", "device", "torch_threads"):
+            command += ["--" + flag.replace("_", "-"), str(getattr(args, flag))]
+        require(subprocess.run(command).returncode == 0, "pretraining failed, see above")
+    return folder / "encoder.pt"
+
+
+def load_encoder(path, name):
+    """An encoder from a file that rp_pretrain.py wrote; its objective must be that of `name`."""
+    try:
+        saved = torch.load(path, map_location="cpu")
+        if not name.startswith(saved["objective"]):
+            raise ValueError(f"its objective was {saved['objective']}")
+        encoder = Encoder(saved["z_dim"])
+        if saved["batch_norm"]:
+            encoder.convolutions = batch_normalized(encoder.convolutions)
+        encoder.load_state_dict(saved["encoder"])
+    except Exception as error:  # missing, not a checkpoint, or of another architecture
+        reason = " ".join(str(error).split())[:100]
+        raise SystemExit(f"error: {path} is no file for --encoder {name}: {reason}") from None
+    return encoder
+
+
+def mlp(size_in, hidden, size_out):
+    """A multilayer perceptron of three layers."""
+    layers = [nn.Linear(size_in, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
+    return orthogonal_(nn.Sequential(*layers, nn.Linear(hidden, size_out)))
+
+
+def orthogonal_(module):
+    """Orthogonal weights and zero biases. With PyTorch's default, the signal all but vanishes on
+    its way through six stride-2 layers, and nothing is learnt for thousands of updates."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.orthogonal_(layer.weight, math.sqrt(2))
+            nn.init.zeros_(layer.bias)
+    return module
 
 
 class Standardize(nn.Module):
@@ -163,22 +261,6 @@ class Standardize(nn.Module):
         return y * self.sd + self.mean
 
 
-def mlp(size_in, hidden, size_out):
-    """A multilayer perceptron of three layers."""
-    layers = [nn.Linear(size_in, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
-    return orthogonal_(nn.Sequential(*layers, nn.Linear(hidden, size_out)))
-
-
-def orthogonal_(module):
-    """Orthogonal weights and zero biases. With PyTorch's default, the signal all but vanishes on
-    its way through six stride-2 layers, and nothing is learnt for thousands of updates."""
-    for layer in module.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            nn.init.orthogonal_(layer.weight, math.sqrt(2))
-            nn.init.zeros_(layer.bias)
-    return module
-
-
 class ActorCritic(nn.Module):
     """Two separate MLPs on the same standardised z; the policy's sd does not depend on z."""
 
@@ -190,14 +272,18 @@ class ActorCritic(nn.Module):
         nn.init.orthogonal_(self.actor[-1].weight, 0.01)  # start with actions around zero
         self.log_std = nn.Parameter(torch.full((action_dim,), -0.5))
 
-    def features(self, x):  # (B, 1, 64, 64) in [0, 1], or states (B, 4 K)
-        return self.standardize(self.encoder(x))  # (B, Z)
+    def features(self, obs):  # uint8 (B, 1, 64, 64), or states (B, 4 K); arrays or tensors
+        return self.standardize(self.encoder(to_tensor(obs, self.log_std.device)))  # (B, Z)
 
     def value(self, z):  # (B, Z)
         return self.return_scale.inverse(self.critic(z)[:, 0])  # (B,), in units of reward
 
+    @torch.no_grad()
+    def policy(self, obs):  # (N, ...) -> (N, A), arrays, without noise
+        return self.actor(self.features(obs)).cpu().numpy()
 
-# --- The algorithm: pure functions of tensors ------------------------------------------------
+
+# --- Losses: pure functions of tensors -------------------------------------------------------
 
 
 def gaussian_log_prob(actions, mean, log_std):
@@ -234,342 +320,237 @@ def value_loss(value, target):
     return (value - target).square().mean()
 
 
+# --- The update ------------------------------------------------------------------------------
+
+
+def update_actor_critic(model, optimizer, minibatch, args):
+    """One step of all that is trained on (3) − (2), on standardised advantages.
+
+    minibatch: x (B, ...), observations or, if the encoder is frozen, z; actions (B, A);
+    old_log_prob, advantage and target (B,), without gradient, the target in units of the critic."""
+    x, actions, old_log_prob, advantage, target = minibatch
+    z = x if args.encoder in FROZEN else model.features(x)
+    log_prob = gaussian_log_prob(actions, model.actor(z), model.log_std)
+    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    objective = clipped_objective(log_prob, old_log_prob, advantage, args.clip)
+    critic_loss = value_loss(model.critic(z)[:, 0], target)
+    loss = args.value_coefficient * critic_loss - objective
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], args.max_grad_norm)
+    optimizer.step()
+    return {"value_loss": critic_loss.detach(), "log_ratio": (log_prob - old_log_prob).detach()}
+
+
+# --- Data ------------------------------------------------------------------------------------
+
+
+def make_env(args, num_envs, **options):
+    """Environments in lockstep. To train on others, change this line: any vector environment will
+    do that resets in the step that ends an episode (README.md has an example)."""
+    return sprites_env.SpritesVectorEnv(num_envs, **args.environment, **options)
+
+
+def to_tensor(array, device):
+    """float32 on the device; frames, which are uint8, in [0, 1]. Array or tensor."""
+    x = torch.as_tensor(array, device=device)
+    return x.float().div_(255) if x.dtype == torch.uint8 else x.float()
+
+
+@torch.no_grad()
+def calibrate(encoder, episodes, steps, args, device):
+    """A rollout of random actions, to measure how z and the discounted returns are distributed:
+    z (M, Z) and returns (M,)."""
+    rng, z, rows = np.random.default_rng(args.seed), [], []
+    for _ in range(steps):
+        z.append(encoder(to_tensor(episodes.obs, device)))
+        actions = rng.uniform(-1, 1, episodes.env.action_space.shape)
+        _, rewards, terminated, truncated = episodes.step(actions)
+        rows.append(to_tensor(np.stack([rewards, terminated | truncated]), device))
+    rewards, ended = torch.stack(rows, dim=1)  # each (T, N)
+    ended[-1] = 1
+    # With V = 0 and λ = 1 the advantage (1) is the discounted return; at an end, roughly what would
+    # have come after it.
+    rest = ended * rewards.mean() / (1 - args.gamma)
+    zeros = torch.zeros_like(rewards)
+    returns = generalized_advantages(rewards, zeros, rest, ended, args.gamma, 1)
+    return torch.cat(z), returns.flatten()
+
+
+@torch.no_grad()
+def collect_rollout(model, episodes, args):
+    """T steps with the present policy: x (observations or, if the encoder is frozen, z), actions,
+    log_probs, rewards, values, next_values and ended, each (T, N, ...)."""
+    frozen, device, rollout = args.encoder in FROZEN, model.log_std.device, []
+    z = model.features(episodes.obs)
+    for _ in range(args.rollout_steps):
+        # act
+        mean, value = model.actor(z), model.value(z)
+        action = mean + model.log_std.exp() * torch.randn_like(mean)
+        log_prob = gaussian_log_prob(action, mean, model.log_std)
+        x = z if frozen else torch.as_tensor(episodes.obs, device=device)  # frozen: encoded once
+        successors, *outcome = episodes.step(action.cpu().numpy())
+        reward, terminated, truncated = to_tensor(np.stack(outcome), device)
+
+        # store
+        z_next = model.features(successors)
+        next_value = model.value(z_next) * (1 - terminated)  # a time limit is no termination
+        ended = terminated.maximum(truncated)
+        rollout.append((x, action, log_prob, reward, value, next_value, ended))
+        z = model.features(episodes.obs) if ended.any() else z_next
+    return [torch.stack(column) for column in zip(*rollout)]
+
+
 # --- Training --------------------------------------------------------------------------------
 
 
 def train(args):
     """One PPO run; returns the content of summary.json."""
-    check(args, "total_steps num_envs rollout_steps epochs minibatches learning_rate clip")
-    check(args, "value_coefficient max_grad_norm eval_episodes")
     N, T = args.num_envs, args.rollout_steps
     iterations = args.total_steps // (N * T) - 1  # the first rollout is the calibration
-    if not (0 <= args.gamma < 1 and 0 <= args.gae_lambda <= 1):
-        raise SystemExit("error: --gamma must be in [0, 1) and --gae-lambda in [0, 1]")
-    if iterations < 1:
-        raise SystemExit(f"error: --total-steps must be at least two rollouts, {2 * N * T}")
-    if N * T < 2 * args.minibatches:
-        raise SystemExit(f"error: --minibatches must be at most half of a rollout, {N * T // 2}")
-    images = args.encoder != "oracle"
-    pretrained = args.encoder.startswith(("reward_prediction", "image_reconstruction"))
-    frozen = not images or pretrained and not args.encoder.endswith("_finetune")
-    if args.encoder_path:
-        if not pretrained:
-            raise SystemExit(f"error: --encoder-path is of no use to --encoder {args.encoder}")
-        load_encoder(args.encoder_path, args.encoder, announce=False)  # or end before writing
-    device = prepare(args)
-    task = "_repel" * (args.task == "repel")
-    out = open_run(args, f"{args.encoder}{task}_d{args.distractors}_s{args.seed}", device)
-
-    def make_env(num_envs, render_mode=None):
-        options = {"distractors": args.distractors, "task": args.task, "render_mode": render_mode}
-        options["observation"] = "image" if images else "state"
-        return sprites_env.SpritesVectorEnv(num_envs, **options)
-
-    def to_input(obs):  # uint8 frames or float32 states, array or tensor
-        return to_float(obs, device) if images else torch.as_tensor(obs, device=device)
-
-    if not images:
-        encoder = nn.Identity()
-    elif args.encoder == "cnn":
-        encoder = nn.Sequential(strided_convolutions((1, 16, 16, 16)), nn.Flatten())
-        orthogonal_(encoder).to(memory_format=torch.channels_last)
-    elif args.encoder == "image_scratch":
-        encoder = Encoder()
-    else:
-        encoder = load_encoder(args.encoder_path or find_or_pretrain(args), args.encoder)
-    encoder.to(device).eval()  # eval: batch normalisation, if any, keeps its pretraining statistics
-    encoder.requires_grad_(not frozen)
-    log, env = Log(out, (iterations + 1) * N * T), make_env(N)
-    obs, _ = env.reset(seed=args.seed * 100_000)
-    obs, z, returns = calibrate(env, obs, lambda obs: encoder(to_input(obs)), T, args)
-    model = ActorCritic(encoder, z, returns, env.single_action_space.shape[0]).to(device)
+    run = Run(args, total=(iterations + 1) * N * T)
+    device = run.device
+    encoder = make_encoder(args).to(device)
+    encoder.eval()  # batch normalisation, if any, keeps its pretraining statistics
+    encoder.requires_grad_(args.encoder not in FROZEN)
+    episodes = sprites_env.Episodes(make_env(args, N), args.seed * 100_000)
+    z, returns = calibrate(encoder, episodes, T, args, device)
+    action_dim = episodes.env.single_action_space.shape[0]
+    model = ActorCritic(encoder, z, returns, action_dim).to(device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=args.learning_rate, eps=1e-5, fused=True)
 
-    @torch.no_grad()
-    def features(obs):  # (N, ...) -> (N, Z)
-        return model.features(to_input(obs))
-
-    def policy(obs):  # (N, ...) -> (N, A), without noise
-        return model.actor(features(obs))
-
-    def to_tensor(array):
-        return torch.as_tensor(array, dtype=torch.float32, device=device)
-
-    episode_return, finished = np.zeros(N), []
     reports = {math.ceil(iterations * i / 20) for i in range(1, 21)}  # every 5 %
     for iteration in range(1, iterations + 1):
+        # act and store
+        columns = collect_rollout(model, episodes, args)
+        x, actions, log_probs, rewards, values, next_values, ended = columns
+
+        # learn
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / iterations)
-
-        # act
-        rollout, z = [], features(obs)
-        for _ in range(T):
-            with torch.no_grad():
-                mean, value = model.actor(z), model.value(z)
-                action = mean + model.log_std.exp() * torch.randn_like(mean)
-                log_prob = gaussian_log_prob(action, mean, model.log_std)
-            next_obs, reward, terminated, truncated, info = env.step(action.cpu().numpy())
-            ended = terminated | truncated
-            successor = next_obs.copy()  # what followed: where an episode ended, its last frame
-            if ended.any():
-                successor[ended] = np.stack(info["final_obs"][ended])
-            z_next = features(successor)
-            with torch.no_grad():
-                next_value = model.value(z_next) * to_tensor(~terminated)
-
-            # store
-            x = z if frozen else torch.as_tensor(obs, device=device)  # frozen: encoded only once
-            row = x, action, log_prob, to_tensor(reward), value, next_value, to_tensor(ended)
-            rollout.append(row)
-            obs = next_obs
-            z = features(obs) if ended.any() else z_next
-            episode_return += reward
-            finished += episode_return[ended].tolist()
-            episode_return[ended] = 0
-        columns = [torch.stack(column) for column in zip(*rollout)]  # each (T, N, ...)
-        x, actions, old_log_probs, rewards, values, next_values, ended = columns
         advantages = generalized_advantages(
             rewards, values, next_values, ended, args.gamma, args.gae_lambda
         )
         targets = model.return_scale(advantages + values)
-        batch = [c.flatten(0, 1) for c in (x, actions, old_log_probs, advantages, targets)]
-
-        # learn
+        batch = [c.flatten(0, 1) for c in (x, actions, log_probs, advantages, targets)]
         for _ in range(args.epochs):
             for rows in torch.randperm(T * N, device=device).tensor_split(args.minibatches):
-                x, action, old_log_prob, advantage, target = (c[rows] for c in batch)  # (B, ...)
-                z = x if frozen else model.features(to_input(x))
-                log_prob = gaussian_log_prob(action, model.actor(z), model.log_std)
-                advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-                objective = clipped_objective(log_prob, old_log_prob, advantage, args.clip)
-                critic_loss = value_loss(model.critic(z)[:, 0], target)
-                loss = args.value_coefficient * critic_loss - objective
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
-                optimizer.step()
+                last = update_actor_critic(model, optimizer, [c[rows] for c in batch], args)
 
         # report
         if iteration in reports:
-            step = (iteration + 1) * N * T
-            eval_returns = evaluate(policy, make_env(args.eval_episodes))
-            ratio = (log_prob - old_log_prob).detach().exp()  # of the last minibatch
-            log.report(
-                step,
+            env = make_env(args, args.eval_episodes)
+            eval_returns, ratio = sprites_env.evaluate(model.policy, env), last["log_ratio"].exp()
+            run.report(
+                (iteration + 1) * N * T,
                 eval_return=eval_returns.mean(),
-                train_return=np.mean(finished[-N:]) if finished else float("nan"),
+                train_return=np.mean(episodes.finished[-N:] or float("nan")),
                 action_sd=model.log_std.exp().mean().item(),
-                value_loss=critic_loss.item(),
+                value_loss=last["value_loss"].item(),
                 kl=(ratio - 1 - ratio.log()).mean().item(),
                 clip_fraction=((ratio - 1).abs() > args.clip).float().mean().item(),
             )
-            saved = {"model": model.state_dict(), "encoder": args.encoder, "step": step}
-            write_whole(out / "checkpoint.pt", lambda t, saved=saved: torch.save(saved, t))
+            saved = {"model": model.state_dict(), "encoder": args.encoder}
+            run.save("checkpoint.pt", saved | {"step": (iteration + 1) * N * T})
 
-    summary = {
-        "eval_return_mean": eval_returns.mean(),
-        "eval_return_std": eval_returns.std(),
-        "eval_episodes": args.eval_episodes,
-        "score": sprites_env.score(eval_returns.mean(), args.task),
-        "steps": log.total,
-        "minutes": round(log.minutes(), 2),
-    }
+    env = make_env(args, 4, render_mode="rgb_array")
+    run.save("rollout.gif", sprites_env.film(model.policy, env))
+    summary = sprites_env.summary(eval_returns, args.task) | {"steps": run.total}
     panels = [("return of a 40-step episode", ("train_return", "eval_return"))]
     levels = sprites_env.REFERENCE_RETURNS[args.task].items()
-    plot_curve(out / "curve.png", log.rows, panels, "environment steps", levels)
-    film = []
-    evaluate(policy, make_env(4, "rgb_array"), film)
-    save_gif(out / "rollout.gif", film)
-    write_whole(out / "summary.json", lambda t: t.write_text(json.dumps(summary, indent=1)))
-    return summary
+    return run.finish(summary, panels, "environment steps", levels)
 
 
-@torch.no_grad()
-def calibrate(env, obs, encode, steps, args):
-    """A rollout of random actions, to measure how z and the discounted returns are distributed.
-
-    Returns the observation it ends at, z (M, Z) and returns (M,)."""
-    rng, z, rewards = np.random.default_rng(args.seed), [], []
-    for _ in range(steps):
-        z.append(encode(obs))
-        obs, reward, *_ = env.step(rng.uniform(-1, 1, env.action_space.shape))
-        rewards.append(torch.as_tensor(reward, dtype=torch.float32, device=z[0].device))
-    rewards = torch.stack(rewards)  # (T, N)
-    # with V = 0 and lambda = 1 the advantage is the discounted return
-    zeros, next_values = torch.zeros_like(rewards), torch.zeros_like(rewards)
-    next_values[-1] = rewards.mean() / (1 - args.gamma)  # roughly the return from there on
-    returns = generalized_advantages(rewards, zeros, next_values, zeros, args.gamma, 1)
-    return obs, torch.cat(z), returns.flatten()
+# --- Appendix: the run's folder, checks ------------------------------------------------------
 
 
-# --- Appendix: pretrained encoder, evaluation, run folder, log, pictures ---------------------
+class Run:
+    """A run's device and folder. Files are written whole or not at all; summary.json, the last one,
+    says that the run has finished, and a finished run is left alone."""
 
+    def __init__(self, args, total):
+        self.rows, self.total, self.start = [], total, time.perf_counter()
+        self.folder = Path(args.out or Path("runs") / Path(__file__).stem / args.run_name)
+        finished = (self.folder / "summary.json").exists() and not args.overwrite
+        require(not finished, f"{self.folder} holds a finished run: --overwrite, or --out FOLDER")
+        cuda = args.device != "cpu" and torch.cuda.is_available()
+        require(cuda or args.device != "cuda", "--device cuda, but PyTorch finds no CUDA device")
+        self.device = torch.device("cuda" if cuda else "cpu")
+        torch.manual_seed(args.seed)
+        if args.torch_threads:
+            torch.set_num_threads(args.torch_threads)
+        if platform.libc_ver()[0] == "glibc":
+            # By default glibc returns large activations to the system after every update, and maps
+            # them anew, page by page: half of the time. TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD:
+            for option, value in ((-1, 1 << 30), (-2, 1 << 28), (-3, 1 << 30)):
+                ctypes.CDLL(None).mallopt(option, value)
+        commit = subprocess.getoutput(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD')
+        facts = {"arguments": asdict(args), "git_commit": commit if len(commit) == 40 else None}
+        facts |= {m.__name__: m.__version__ for m in (gymnasium, np, torch)}
+        facts |= {"python": platform.python_version(), "device": str(self.device)}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name in ("summary.json", "checkpoint.pt", "curve.csv"):  # of an earlier run
+                (self.folder / name).unlink(missing_ok=True)
+            self.save("args.json", facts | {"threads": torch.get_num_threads()})
+        except OSError as error:
+            require(False, f"cannot write to {self.folder}: {error.strerror}")
 
-def find_or_pretrain(args):
-    """The encoder.pt of this objective, number of distractors and seed; if there is none yet,
-    rp_pretrain.py is run, as a program of its own, so that neither script imports the other."""
-    objective = args.encoder.removesuffix("_finetune")
-    folder = Path("runs") / "rp_pretrain" / f"{objective}_d{args.distractors}_s{args.seed}"
-    if not (folder / "encoder.pt").exists():
-        script = Path(__file__).with_name("rp_pretrain.py")
-        if not script.exists():
-            raise SystemExit(f"error: --encoder {args.encoder} needs {script}: copy it, too")
-        print(f"{folder / 'encoder.pt'} is missing: running {script.name} first", flush=True)
-        command = [sys.executable, str(script), "--objective", objective, "--out", str(folder)]
-        for flag in ("distractors", "seed", "device", "torch_threads"):
-            command += ["--" + flag.replace("_", "-"), str(getattr(args, flag))]
-        if subprocess.run(command).returncode:
-            raise SystemExit("error: pretraining failed, see above")
-    return folder / "encoder.pt"
-
-
-def load_encoder(path, name, announce=True):
-    """An encoder from a file that rp_pretrain.py wrote; its objective must be that of `name`."""
-    try:
-        saved = torch.load(path, map_location="cpu")
-        if not name.startswith(saved["objective"]):
-            raise ValueError(f"its objective was {saved['objective']}")
-        encoder = Encoder(saved["z_dim"], saved["batch_norm"])
-        encoder.load_state_dict(saved["encoder"])
-    except Exception as error:  # missing, not a checkpoint, or of another architecture
-        reason = " ".join(str(error).split())[:100]
-        raise SystemExit(f"error: {path} is no file for --encoder {name}: {reason}") from None
-    if announce:
-        how = "distractors: {distractors}, updates: {update}".format(**saved)
-        print(f"encoder: {path} ({how})", flush=True)
-    return encoder
-
-
-@torch.no_grad()
-def evaluate(policy, env, film=None):
-    """Returns (num_envs,) of one fresh episode per environment. `policy` maps observations to
-    actions; a list as `film` collects what `env.render()` shows before each step."""
-    obs, _ = env.reset(seed=10**9)
-    returns, running = np.zeros(env.num_envs), np.ones(env.num_envs, bool)
-    while running.any():
-        if film is not None:
-            film.append(env.render())
-        obs, reward, terminated, truncated, _ = env.step(policy(obs).cpu().numpy())
-        returns += reward * running
-        running &= ~(terminated | truncated)
-    return returns
-
-
-def save_gif(path, film):
-    """film: a list of tuples of images uint8 (height, width, 3), shown side by side."""
-    from PIL import Image
-
-    rows = [np.concatenate([np.pad(i, ((3, 3), (3, 3), (0, 0))) for i in row], 1) for row in film]
-    first, *rest = [Image.fromarray(row).quantize(16) for row in rows]
-    settings = {"save_all": True, "append_images": rest, "loop": 0, "duration": 100}  # ms
-    write_whole(path, lambda temporary: first.save(temporary, **settings))
-
-
-def plot_curve(path, rows, panels, x_label, levels=(), offline=0):
-    """A panel for each (y label, columns of curve.csv); dashed: levels (name, y); grey: offline."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * max(1.2, len(panels)), 3.8), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    axes[0].axvspan(0, offline, color="grey", alpha=0.15, lw=0)
-    for name, y in levels:
-        axes[0].axhline(y, color="grey", lw=0.8, ls="--", zorder=0)
-        axes[0].annotate(name, (0, y), xycoords=("axes fraction", "data"), color="grey", size=8)
-    for axis, (y_label, names) in zip(axes, panels):
-        for name in names:
-            values = [row[name] for row in rows]
-            axis.plot([row["step"] for row in rows], values, label=name.replace("_", " "))
-        axis.set(xlabel=x_label, ylabel=y_label, yscale="log" if "error" in y_label else "linear")
-        axis.legend(fontsize=8)
-    figure.suptitle(path.parent.name, fontsize=10)
-    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))
-
-
-def to_float(frames, device):
-    """uint8 (...), array or tensor -> float32 (...) in [0, 1] on the device."""
-    return torch.as_tensor(frames, device=device).to(torch.float32, copy=True).div_(255)
-
-
-def check(args, positive):
-    """End with one line if one of these arguments is not above zero, or the seed is unusable."""
-    for name in positive.split():
-        if not getattr(args, name) > 0:
-            flag = name.replace("_", "-")
-            raise SystemExit(f"error: --{flag} must be positive, not {getattr(args, name)}")
-    if not 0 <= args.seed < 10_000:  # evaluation and held-out data use seeds from 10**9 on
-        raise SystemExit(f"error: --seed must be in 0 ... 9999, not {args.seed}")
-
-
-def prepare(args):
-    """Threads, seed and memory; returns the device."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("error: --device cuda, but this PyTorch finds no CUDA device")
-    if args.torch_threads > 0:
-        torch.set_num_threads(args.torch_threads)
-    torch.manual_seed(args.seed)
-    if platform.libc_ver()[0] == "glibc":
-        # Large activations come and go with every update. By default glibc hands them back to
-        # the system each time and maps them anew, page by page: up to half of the time.
-        for option, value in ((-1, 1 << 30), (-2, 1 << 28), (-3, 1 << 30)):
-            ctypes.CDLL(None).mallopt(option, value)  # M_TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD
-    cuda = args.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if cuda else "cpu")
-
-
-def open_run(args, name, device):
-    """Make the run's folder and write args.json; a finished run is not overwritten unasked."""
-    out = Path(args.out or Path("runs") / Path(__file__).stem / name)
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout
-    facts = {"arguments": asdict(args), "git_commit": (commit or "").strip() or None}
-    facts |= {module.__name__: module.__version__ for module in (np, torch, gymnasium)}
-    facts |= {"python": platform.python_version(), "device": str(device)}
-    facts |= {"threads": torch.get_num_threads()}
-    try:
-        if (out / "summary.json").exists() and not args.overwrite:
-            raise SystemExit(f"error: {out} holds a finished run: use --overwrite, or --out FOLDER")
-        out.mkdir(parents=True, exist_ok=True)
-        for old in ("summary.json", "checkpoint.pt", "curve.csv"):
-            (out / old).unlink(missing_ok=True)  # of an earlier run: not to be taken for this one's
-        write_whole(out / "args.json", lambda t: t.write_text(json.dumps(facts, indent=1)))
-    except OSError as error:
-        raise SystemExit(f"error: cannot write to {out}: {error.strerror}") from None
-    return out
-
-
-def write_whole(path, save):
-    """Write a file whole or not at all: `save` fills a temporary file, which is then renamed."""
-    temporary = path.with_name("unfinished_" + path.name)
-    save(temporary)
-    temporary.replace(path)
-
-
-class Log:
-    """Appends a row to curve.csv and prints a line of progress at every report."""
-
-    def __init__(self, out, total):
-        self.path, self.total = out / "curve.csv", total
-        self.start, self.rows = time.perf_counter(), []
-
-    def minutes(self):
-        return (time.perf_counter() - self.start) / 60
+    def save(self, name, content):
+        """A dict as .json or .pt, a figure as .png, or a film as .gif."""
+        file = self.folder / f"unfinished_{name}"
+        if file.suffix == ".json":
+            file.write_text(json.dumps(content, indent=1))
+        elif file.suffix == ".pt":
+            torch.save(content, file)
+        elif file.suffix == ".png":
+            content.savefig(file)
+        else:
+            sprites_env.save_gif(file, content)
+        file.replace(self.folder / name)
 
     def report(self, step, **metrics):
-        seconds = 60 * self.minutes()
-        row = {"step": step, "seconds": round(seconds, 2)}
-        row |= {"steps_per_second": round(step / seconds, 1)} | metrics
-        with open(self.path, "a" if self.rows else "w", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if not self.rows:
-                writer.writeheader()
-            writer.writerow(row)
-        self.rows.append(row)
-        left = seconds * (self.total / step - 1)
+        """A row of curve.csv, and a line of progress: on a terminal one line that changes."""
+        seconds = time.perf_counter() - self.start
+        speed, left = step / seconds, seconds * (self.total / step - 1)
+        row = {"step": step, "seconds": round(seconds, 2), "steps_per_second": round(speed, 1)}
+        self.rows.append(row | metrics)
+        with open(self.folder / "curve.csv", "a") as file:
+            if len(self.rows) == 1:
+                print(*self.rows[0], sep=",", file=file)
+            print(*self.rows[-1].values(), sep=",", file=file)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:4])
-        line = f"{step:,}/{self.total:,}  {step / seconds:,.0f}/s  {left:.0f} s left  {shown}"
-        live = sys.stdout.isatty()  # one line that changes, or else one line a report
+        line = f"{step:,}/{self.total:,}  {speed:,.0f}/s  {left:.0f} s left  {shown}"
+        live = sys.stdout.isatty()
         end = "" if live and step < self.total else "\n"
         print(f"\r\033[K{line}" if live else line, end=end, flush=True)
+
+    def finish(self, summary, panels, x_label, levels=(), offline=0):
+        """curve.png (see sprites_env.draw_curve) and summary.json, whose content it returns."""
+        figure = sprites_env.draw_curve(self.rows, panels, x_label, levels, offline)
+        figure.suptitle(self.folder.name, fontsize=10)
+        self.save("curve.png", figure)
+        summary = summary | {"minutes": round((time.perf_counter() - self.start) / 60, 2)}
+        self.save("summary.json", summary)
+        return summary
+
+
+def require(condition, message):
+    """End with one line unless the condition holds."""
+    if not condition:
+        raise SystemExit(f"error: {message}")
+
+
+def require_positive(args, but=""):
+    """All numbers must be finite and positive; those named in `but`, and seeds, may be 0."""
+    for name, value in vars(args).items():
+        zero = name in ("seed", "torch_threads", "distractors", *but.split())
+        flag, least = name.replace("_", "-"), "0 or more" if zero else "positive"
+        for x in value if isinstance(value, tuple) else (value,):
+            if type(x) in (int, float):
+                good = math.isfinite(x) and (x > 0 or zero and x == 0)
+                require(good, f"--{flag} must be finite and {least}, not {x}")
+    require(args.seed < 10_000, f"--seed must be in 0 ... 9999, not {args.seed}")  # 10**9: held out
 
 
 if __name__ == "__main__":

@@ -12,14 +12,29 @@ Paper
     with the future: Andrychowicz et al., 2017, arXiv 1707.01495. Decoder: Watters, Matthey,
     Burgess & Lerchner, "Spatial Broadcast Decoder", 2019, arXiv 1901.07017.
 
+Algorithm
+    images ← collect_images                        random actions in many scenes
+    see: --vae-updates times update_vae            one step on (1), with a β that falls
+    repeat until --total-steps:
+        imagine: a goal z_g for each environment   from the prior (3)
+        practise: an episode toward it, stored     with exploration noise, random at first
+        as many times as it had steps:
+            relabelled_batch                       other goals (5), rewards (4)
+            update_goal_critic                     one step on (8)
+            every second time update_goal_actor    one step on (9); slow copies follow
+        see_again, every --finetune-every episodes: update_vae, then encode the replay anew
+    reach: images of held-out goals
+
 Equations
     (1)  VAE: minimise  E_q[−log p(s|z)] + β KL(q(z|s) ‖ N(0, I)),   q(z|s) = N(μ(s), σ²(s))
-         KL = ½ Σ (μ² + σ² − log σ² − 1)
-    (2)  prior of goals: z_g ~ N(mean, sd²) of μ(s) over the images, one dimension at a time
-    (3)  reward: r(z', z_g) = −‖z' − z_g‖,   z' = μ(s') of the next image
-    (4)  TD3: y = r + γ min Q̄ᵢ(z', z_g, clip(π̄(z', z_g) + ε)),   minimise  Σᵢ E[(Qᵢ − y)²]
-         and, every second time,  maximise  E[Q₁(z, z_g, π(z, z_g))]
+    (2)  KL = ½ Σ (μ² + σ² − log σ² − 1)
+    (3)  prior of goals: z_g ~ N(mean, sd²) of μ(s) over the images, one dimension at a time
+    (4)  reward: r(z', z_g) = −‖z' − z_g‖,   z' = μ(s') of the next image
     (5)  relabelling: z_g ← as practised, or from the prior, or μ of a later image of the episode
+    (6)  TD3: a' = clip(π̄(z', z_g) + clip(ε, −c, c), −1, 1),   ε ~ N(0, σ_ε²)
+    (7)  y = r + γ (1 − terminated) min Q̄ᵢ(z', z_g, a')
+    (8)  minimise  Σᵢ E[(Qᵢ(z, z_g, a) − y)²]
+    (9)  maximise  E[Q₁(z, z_g, π(z, z_g))]
 
 Notation
     N environments, T steps of an episode, E episodes, B batch, M images, K objects in the frame,
@@ -52,13 +67,12 @@ Writes
     `untouched_agent_distance`, `untouched_block_distance` (doing nothing), `success_rate` (agent in
     reach, square in push within 0.05), `probe_r2_agent`, `probe_r2_square`, the smaller `probe_r2`
     (linear map from z to positions, on new images), `vae_minutes`, `minutes`. No VAE in oracle.
+    Columns of curve.csv: `step`, `seconds`, `steps_per_second` (with the VAE's time), these, and of
+    the last batch `critic_loss`, `q` (of the actor's actions) and `reward`.
 
 Result
-    Distance to unseen goals at the end, frame widths, mean ± sd over seeds, each on one thread of a
-    busy AMD EPYC (python benchmark/study.py --study rig; README.md has relabelling and rewards):
-        reach   agent 0.024 ± 0.001 (untouched 0.403), success 93 %    5 seeds, 2.4 minutes
-        push    square 0.078 ± 0.010 (untouched 0.278), success 33 %, agent 0.147 ± 0.009
-                                                                       3 seeds, 5.1 minutes
+    Distance to unseen goals, in frame widths: reach, agent .024 ± .001 (untouched .403), 2.4
+    minutes; push, square .078 ± .010 (.278), 5.1 minutes. All: benchmark/README.md.
 
 Try
     1. --beta 20 --out runs/vague, --beta 0.05 --out runs/sharp: what is lost in latent_walk.png?
@@ -67,12 +81,10 @@ Try
 """
 
 import copy
-import csv
 import ctypes
 import json
 import math
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -90,6 +102,19 @@ from torch import nn
 import sprites_env
 from sprites_env import AGENT, TARGET
 
+USUAL = {  # defaults that depend on the task
+    "reach": {"total_steps": 20_000, "gamma": 0.9},
+    "push": {"total_steps": 60_000, "gamma": 0.98},
+}
+TARGET_NOISE, NOISE_CLIP = 0.2, 0.5  # of the target's action in (6): σ_ε and c
+RANDOM_STEPS = 800  # of random actions before the policy acts
+ACTOR_EVERY = 2  # updates of the critic to one of the actor
+PIXEL_SCALE = 0.2  # of the reward with --goals pixel, whose distances are larger
+VAE_BATCH = 128  # images
+HIDDEN = 128  # units of each of the two hidden layers of actor and critic
+SUCCESS = 0.05  # frame widths from the goal
+REPORT_EVERY = 2000  # steps
+
 
 @dataclass(frozen=True)
 class Args:
@@ -97,7 +122,7 @@ class Args:
     goals: Literal["latent", "oracle", "pixel"] = "latent"  # z; true positions; z, paid by pixels
     goal_fractions: tuple[float, float, float] = (0.2, 0.4, 0.4)  # practised, prior, future
     distractors: Literal[0, 1, 2] = 0  # more sprites at rest
-    z_dim: int = 8  # Z, size of the latent space; what is not needed falls asleep
+    z_dim: int = 8  # Z, size of the latent space; what is not needed stays near N(0, 1)
     beta: float = 1.0  # weight of KL in the VAE's loss, at the end
     beta_start: float = 20.0  # and at the start; falls in equal ratios
     images: int = 10_000  # frames of random scenes to train the VAE with, M
@@ -119,8 +144,41 @@ class Args:
     out: str | None = None  # folder to write to (default: see Writes)
     overwrite: bool = False  # redo a finished run
 
+    def __post_init__(self):
+        for name, value in USUAL[self.task].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # once, before it is frozen
+        require_positive(self, "goal_fractions finetune_every finetune_updates noise gamma")
+        require(self.gamma < 1 and self.tau <= 1, "--gamma must be below 1, --tau not above")
+        shares = abs(sum(self.goal_fractions) - 1) < 1e-6
+        require(shares, "--goal-fractions must be three shares that add up to 1")
+        least = self.num_envs * make_env(self, 1).horizon
+        require(self.total_steps >= least, f"--total-steps must be at least {least}")
+        require(self.images >= 10, "--images must be at least 10")
 
-# --- Networks (those that other scripts have too are in the appendix) ------------------------
+    @property
+    def moved(self):  # objects that a goal is about: the agent, or the agent and the square
+        return 2 if self.task == "push" else 1
+
+    @property
+    def environment(self):
+        observation = "state" if self.goals == "oracle" else "image"
+        return {"task": self.task, "distractors": self.distractors, "observation": observation}
+
+    @property
+    def run_name(self):
+        return f"{self.task}_{self.goals}_d{self.distractors}_s{self.seed}"
+
+
+# --- Networks --------------------------------------------------------------------------------
+
+
+def strided_convolutions(channels):
+    """3 x 3 convolutions, each halving the image's height and width, each followed by a ReLU."""
+    layers = []
+    for c_in, c_out in zip(channels[:-1], channels[1:]):
+        layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers)
 
 
 class GridEncoder(nn.Module):
@@ -174,11 +232,94 @@ class GoalActor(nn.Module):
         return self.mlp(obs).tanh()
 
 
-# --- The algorithm: pure functions of tensors ------------------------------------------------
+class TwinCritic(nn.Module):
+    """Two Q functions of one input. Targets take the smaller of both: a single one is too high
+    wherever its error happens to be positive, as that is where the policy goes."""
+
+    def __init__(self, size_in, hidden, action_dim):
+        super().__init__()
+        self.heads = nn.ModuleList(mlp(size_in + action_dim, hidden, 1) for _ in range(2))
+
+    def forward(self, x, action):  # (B, D), (B, A) -> (2, B)
+        inputs = torch.cat([x, action], dim=-1)
+        return torch.cat([head(inputs) for head in self.heads], dim=-1).T
+
+
+def mlp(size_in, hidden, size_out):
+    """A multilayer perceptron of three layers."""
+    layers = [nn.Linear(size_in, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
+    return orthogonal_(nn.Sequential(*layers, nn.Linear(hidden, size_out)))
+
+
+def orthogonal_(module):
+    """Orthogonal weights and zero biases, so that no signal vanishes on its way."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.orthogonal_(layer.weight, math.sqrt(2))
+            nn.init.zeros_(layer.bias)
+    return module
+
+
+class VAE:
+    """Encoder, decoder and their optimiser. z of an image is μ(s), without noise."""
+
+    def __init__(self, args, device):
+        self.device, self.z_dim = device, args.z_dim
+        self.encoder = GridEncoder(2 * args.z_dim).to(device)
+        self.decoder = BroadcastDecoder(args.z_dim).to(device)
+        self.networks = {"encoder": self.encoder, "decoder": self.decoder}
+        parameters = [*self.encoder.parameters(), *self.decoder.parameters()]
+        self.optimizer = torch.optim.Adam(parameters, lr=args.vae_learning_rate, fused=True)
+
+    @torch.no_grad()
+    def encode(self, frames):  # uint8 (..., 1, 64, 64) -> (..., Z)
+        frames = torch.as_tensor(frames, device=self.device)
+        chunks = frames.reshape(-1, *frames.shape[-3:]).split(1000)
+        z = [self.encoder(to_tensor(chunk, self.device))[:, : self.z_dim] for chunk in chunks]
+        return torch.cat(z).reshape(*frames.shape[:-3], self.z_dim)
+
+    @torch.no_grad()
+    def decode(self, z):  # (M, Z) -> (M, 1, 64, 64) in [0, 1]
+        return torch.cat([self.decoder(chunk).sigmoid() for chunk in z.split(500)])
+
+
+class TruePositions:
+    """What --goals oracle has in place of a VAE: z holds positions, in standard deviations."""
+
+    def __init__(self, args, device, positions):  # positions (M, 4) of agent and square
+        self.device, self.moved, self.z_dim = device, args.moved, 2 * args.moved
+        self.networks = {}
+        self.spread = to_tensor(positions[:, : self.z_dim].std(0), device)
+
+    def encode(self, states):  # (..., 4 K) -> (..., Z)
+        states = torch.as_tensor(states, device=self.device).unflatten(-1, (-1, 4))
+        return (states[..., : self.moved, :2].flatten(-2) - 0.5) / self.spread
+
+
+class GoalAgent:
+    """TD3 on z and z_g side by side: actor, critic, their slow copies, and their optimisers."""
+
+    def __init__(self, z_dim, action_dim, args, device):
+        self.actor = GoalActor(2 * z_dim, HIDDEN, action_dim).to(device)
+        self.critic = TwinCritic(2 * z_dim, HIDDEN, action_dim).to(device)
+        self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+        networks = self.actor, self.critic
+        made = [
+            torch.optim.Adam(n.parameters(), lr=args.learning_rate, fused=True) for n in networks
+        ]
+        self.actor_optimizer, self.critic_optimizer = made
+
+    @torch.no_grad()
+    def act(self, z, goals):  # (N, Z), (N, Z) -> (N, A), an array, without noise
+        return self.actor(torch.cat([z, goals], dim=-1)).cpu().numpy()
+
+
+# --- Losses: pure functions of tensors -------------------------------------------------------
 
 
 def kl_divergence(mean, log_var):
-    """KL(N(μ, σ²) ‖ N(0, I)) = ½ Σ (μ² + σ² − log σ² − 1), eq. (1). (B, Z), (B, Z) -> (B,)."""
+    """KL(N(μ, σ²) ‖ N(0, I)) = ½ Σ (μ² + σ² − log σ² − 1), eq. (2). (B, Z), (B, Z) -> (B,)."""
     return 0.5 * (mean.square() + log_var.exp() - log_var - 1).sum(-1)
 
 
@@ -191,13 +332,13 @@ def vae_loss(logits, frames, mean, log_var, beta):
 
 
 def fit_prior(z):
-    """Mean and standard deviation of each dimension of z, eq. (2): a dimension that the VAE does
+    """Mean and standard deviation of each dimension of z, eq. (3): a dimension that the VAE does
     not use varies little, and so little is asked of it. (M, Z) -> (Z,), (Z,)."""
     return z.mean(0), z.std(0, unbiased=False)
 
 
 def goal_reward(reached, goal):
-    """r = −‖z' − z_g‖, eq. (3): not squared, of the *next* state. Both (B, D) -> (B,)."""
+    """r = −‖z' − z_g‖, eq. (4): not squared, of the *next* state. Both (B, D) -> (B,)."""
     assert reached.shape == goal.shape
     return -(reached - goal).norm(dim=-1)
 
@@ -210,32 +351,98 @@ def relabel(practised, prior, future, which):
 
 
 def smoothed(action, noise):
-    """clip(π̄(z') + clip(ε, −0.5, 0.5), −1, 1), eq. (4): similar actions are worth about the same.
+    """clip(π̄(z', z_g) + clip(ε, −c, c), −1, 1), eq. (6): similar actions are worth about the same.
     Both (B, A) -> (B, A)."""
-    return (action + noise.clamp(-0.5, 0.5)).clamp(-1, 1)
+    return (action + noise.clamp(-NOISE_CLIP, NOISE_CLIP)).clamp(-1, 1)
 
 
 def td_target(reward, terminated, next_value, gamma):
-    """y = r + γ (1 − terminated) V(s'), eq. (4). All (B,), called without gradient. A time limit
+    """y = r + γ (1 − terminated) V(s'), eq. (7). All (B,), called without gradient. A time limit
     is not in here: an episode that was cut off goes on, as far as values are concerned."""
     assert reward.shape == terminated.shape == next_value.shape
     return reward + gamma * (1 - terminated) * next_value
 
 
 def critic_loss(q, target):
-    """Σᵢ E[(Qᵢ(s,a) − y)²], eq. (4). q (2, B), target (B,) -> scalar."""
+    """Σᵢ E[(Qᵢ(s,a) − y)²], eq. (8). q (2, B), target (B,) -> scalar."""
     assert q.shape == (2, *target.shape)
     return (q - target).square().mean(-1).sum()
 
 
+def deterministic_actor_loss(q):
+    """−E[Q₁(z, z_g, π(z, z_g))], eq. (9), of the first of the two critics. (2, B) -> scalar."""
+    assert len(q) == 2
+    return -q[0].mean()
+
+
 def polyak_(slow, fast, tau):
-    """φ̄ ← φ̄ + τ (φ − φ̄), in place: the target network follows."""
+    """φ̄ ← φ̄ + τ (φ − φ̄), in place: the slow copy follows."""
     with torch.no_grad():
         for target, source in zip(slow.parameters(), fast.parameters()):
             target.lerp_(source, tau)
 
 
+# --- Updates: one gradient step each ---------------------------------------------------------
+
+
+def update_vae(vae, frames, beta):
+    """One step of encoder and decoder on (1). frames float (B, 1, 64, 64). Returns the loss."""
+    mean, log_var = vae.encoder(frames).chunk(2, dim=-1)
+    z = mean + (0.5 * log_var).exp() * torch.randn_like(mean)
+    loss = vae_loss(vae.decoder(z), frames, mean, log_var, beta)
+    vae.optimizer.zero_grad()
+    loss.backward()
+    vae.optimizer.step()
+    return loss.detach()
+
+
+def update_goal_critic(agent, batch, gamma):
+    """One step of the critic on (8). y (7) takes the smaller value of the slow critic, at a
+    smoothed action (6) of the slow actor. batch: see `relabelled_batch`."""
+    with torch.no_grad():
+        noise = TARGET_NOISE * torch.randn_like(batch["action"])
+        next_action = smoothed(agent.actor_target(batch["after"]), noise)
+        next_value = agent.critic_target(batch["after"], next_action).amin(0)  # (B,)
+        y = td_target(batch["reward"], batch["terminated"], next_value, gamma)
+    loss = critic_loss(agent.critic(batch["before"], batch["action"]), y)
+    agent.critic_optimizer.zero_grad()
+    loss.backward()
+    agent.critic_optimizer.step()
+    return {"critic_loss": loss.detach()}
+
+
+def update_goal_actor(agent, batch, tau):
+    """One step of the actor on (9), then the slow copies follow."""
+    before = batch["before"]
+    loss = deterministic_actor_loss(agent.critic(before, agent.actor(before)))
+    agent.actor_optimizer.zero_grad()
+    loss.backward()
+    agent.actor_optimizer.step()
+    polyak_(agent.actor_target, agent.actor, tau)
+    polyak_(agent.critic_target, agent.critic, tau)
+    return {"q": -loss.detach()}
+
+
 # --- Data ------------------------------------------------------------------------------------
+
+
+def make_env(args, num_envs, **options):
+    """Environments in lockstep. To train on others, change this line: any vector environment will
+    do that resets in the step that ends an episode (README.md has an example)."""
+    return sprites_env.SpritesVectorEnv(num_envs, **args.environment, **options)
+
+
+def collect_images(env, count, rng, seed):
+    """What the exploration policy sees: random actions, in a new scene after every episode.
+
+    Returns observations (M, ...) and, to measure with, the positions (M, 4) of agent and square."""
+    observations, positions = [], []
+    obs, _ = env.reset(seed=seed)
+    while len(observations) * env.num_envs < count:
+        observations.append(obs)
+        positions.append(env.states[:, :2, :2].reshape(-1, 4))
+        obs, *_ = env.step(rng.uniform(-1, 1, env.action_space.shape))
+    return np.concatenate(observations)[:count], np.concatenate(positions)[:count]
 
 
 class EpisodeReplay:
@@ -263,245 +470,34 @@ class EpisodeReplay:
         return e, t, rng.integers(t + 1, steps + 1)
 
 
-# --- Training --------------------------------------------------------------------------------
+def to_tensor(array, device):
+    """float32 on the device; frames, which are uint8, in [0, 1]. Array or tensor."""
+    x = torch.as_tensor(array, device=device)
+    return x.float().div_(255) if x.dtype == torch.uint8 else x.float()
 
 
-def train(args):
-    """One run: see, imagine, practise; returns the content of summary.json."""
-    check(args, "z_dim beta beta_start images vae_updates num_envs batch_size learning_rate tau")
-    check(args, "vae_learning_rate eval_episodes")
-    oracle = args.goals == "oracle"
-
-    def make_env(num_envs, horizon=40):
-        observation = "state" if oracle else "image"
-        options = {"distractors": args.distractors, "observation": observation}
-        return sprites_env.SpritesVectorEnv(num_envs, task=args.task, horizon=horizon, **options)
-
-    env = make_env(args.num_envs)
-    N, T = env.num_envs, env.horizon
-    total_steps, gamma = (60_000, 0.98) if args.task == "push" else (20_000, 0.9)
-    rounds = (total_steps if args.total_steps is None else args.total_steps) // (N * T)
-    gamma = gamma if args.gamma is None else args.gamma
-    if min(args.goal_fractions) < 0 or not abs(sum(args.goal_fractions) - 1) < 1e-6:
-        raise SystemExit("error: --goal-fractions must be three shares that add up to 1")
-    if not (0 <= gamma < 1 and args.tau <= 1 and args.noise >= 0):
-        raise SystemExit("error: --gamma in [0, 1), --tau in (0, 1] and --noise 0 or more, please")
-    if rounds < 1 or args.images < 10 or min(args.finetune_every, args.finetune_updates) < 0:
-        least = f"--total-steps must be at least {N * T}, --images at least 10"
-        raise SystemExit(f"error: {least}, --finetune-every and --finetune-updates 0 or more")
-    device = prepare(args)
-    out = open_run(args, f"{args.task}_{args.goals}_d{args.distractors}_s{args.seed}", device)
-    rng = np.random.default_rng(args.seed)
-    log = Log(out, rounds * N * T)
-
-    # see: images of random scenes, and a VAE of them
-    scenes, new_scenes = make_env(100, horizon=5), make_env(100, horizon=5)
-    images, positions = collect_images(scenes, args.images, rng, args.seed * 100_000)
-    new_rng, new_seed = np.random.default_rng(0), 10**9 + 50_000  # for the probe, never trained on
-    new_images, new_positions = collect_images(new_scenes, 2000, new_rng, new_seed)
-    moved = 2 if args.task == "push" else 1  # objects that a goal is about
-    Z = 2 * moved if oracle else args.z_dim
-    encoder, decoder = GridEncoder(2 * Z).to(device), BroadcastDecoder(Z).to(device)
-    vae = [*encoder.parameters(), *decoder.parameters()]
-    vae_optimizer = torch.optim.Adam(vae, lr=args.vae_learning_rate, fused=True)
-
-    def to_tensor(array):
-        return torch.as_tensor(array, dtype=torch.float32, device=device)
-
-    spread = to_tensor(positions[:, : 2 * moved].std(0))
-
-    def encode(obs):
-        """z = μ(s), without noise: how the agent sees. (..., *observation) -> (..., Z)."""
-        obs = torch.as_tensor(obs, device=device)
-        if oracle:  # positions, in standard deviations
-            return (obs.unflatten(-1, (-1, 4))[..., :moved, :2].flatten(-2) - 0.5) / spread
-        with torch.no_grad():
-            chunks = obs.reshape(-1, *obs.shape[-3:]).split(1000)
-            z = torch.cat([encoder(to_float(chunk, device))[:, :Z] for chunk in chunks])
-        return z.reshape(*obs.shape[:-3], Z)
-
-    def train_vae(sample, updates, beta_start):  # sample() -> uint8 (128, 1, 64, 64)
-        for update in range(updates):
-            f = update / updates  # β goes from its start to its end in equal ratios
-            beta = beta_start ** (1 - f) * args.beta**f
-            frames = to_float(sample(), device)
-            mean, log_var = encoder(frames).chunk(2, dim=-1)
-            z = mean + (0.5 * log_var).exp() * torch.randn_like(mean)
-            loss = vae_loss(decoder(z), frames, mean, log_var, beta)
-            vae_optimizer.zero_grad()
-            loss.backward()
-            vae_optimizer.step()
-            if update % 250 == 249:
-                print(f"VAE {update + 1}/{updates}  loss {loss.item():.1f}", flush=True)
-
-    def some_images():
-        return images[rng.integers(len(images), size=128)]
-
-    if not oracle:
-        train_vae(some_images, args.vae_updates, args.beta_start)
-    vae_minutes = log.minutes()
-
-    # imagine: the prior of goals
-    def fit():
-        """The prior's mean and standard deviation, and the probe's R² of agent and square."""
-        z, z_new = encode(images), encode(new_images)
-        return *fit_prior(z), position_probe(z.cpu(), positions, z_new.cpu(), new_positions)
-
-    def imagine(count):
-        return mean + sd * torch.randn(count, Z, device=device)
-
-    mean, sd, r2 = fit()
-    print("linear probe of z, new images: R² {:.3f} (agent), {:.3f} (square)".format(*r2))
-    if min(r2[:moved]) < 0.95:
-        print("warning: z does not tell places well, so goals will be missed: train the VAE longer")
-
-    # practise: TD3 on (z, z_g)
-    action_dim = env.single_action_space.shape[0]
-    actor = GoalActor(2 * Z, 128, action_dim).to(device)
-    critic = TwinCritic(nn.Identity(), 2 * Z, 128, action_dim).to(device)
-    actor_target = copy.deepcopy(actor).requires_grad_(False)
-    critic_target = copy.deepcopy(critic).requires_grad_(False)
-    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.learning_rate, fused=True)
-    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.learning_rate, fused=True)
-    replay = EpisodeReplay(rounds * N, T, env.single_observation_space, action_dim, Z)
-    eval_env = make_env(args.eval_episodes, horizon=T + 1)  # its last state stays to be looked at
-    start, goal, shapes = draw_goals(eval_env, seed=10**9)
-    goal_images, _ = eval_env.reset(options={"state": goal, "shapes": shapes})
-
-    def pursue(obs, goals):
-        """π(z, z_g) of observations (N, ...) and goals (N, Z), as an array (N, A)."""
-        with torch.no_grad():
-            return actor(torch.cat([encode(obs), goals], dim=-1)).cpu().numpy()
-
-    obs, _ = env.reset(seed=args.seed * 100_000 + 50_000)  # not the scenes of the images
-    for episodes in range(N, rounds * N + 1, N):
-        # act and store: an episode in each environment, toward a goal that it set itself
-        goals = imagine(N)
-        observations, actions, ends = [obs], [], []
-        for _ in range(T):
-            action = pursue(obs, goals)
-            action = (action + args.noise * rng.standard_normal(action.shape)).clip(-1, 1)
-            if (episodes - N) * T < 800:  # random actions first
-                action = rng.uniform(-1, 1, action.shape)
-            obs, _, terminated, truncated, info = env.step(action)
-            ended = terminated | truncated
-            assert ended.all() == ended.any()  # in lockstep
-            observations.append(info["final_obs"] if ended.any() else obs)
-            actions.append(action)
-            ends.append(terminated)
-        observations, actions, ends = (np.stack(x, 1) for x in (observations, actions, ends))
-        replay.add(observations, actions, ends, goals.cpu(), encode(observations).cpu())
-
-        # learn: as many updates as steps
-        for update in range(N * T):
-            e, t, h = replay.sample(rng, args.batch_size)
-            z, z_next, future = (to_tensor(replay.z[e, i]) for i in (t, t + 1, h))
-            action = to_tensor(replay.actions[e, t])
-            terminated = to_tensor(replay.terminated[e, t])
-            which = torch.multinomial(torch.tensor(args.goal_fractions), len(e), replacement=True)
-            practised = to_tensor(replay.goals[e])
-            z_goal = relabel(practised, imagine(len(e)), future, which)
-            with torch.no_grad():
-                if args.goals == "pixel":
-                    wanted = decoder(z_goal).sigmoid().flatten(1)
-                    seen = to_float(replay.observations[e, t + 1], device).flatten(1)
-                    reward = 0.2 * goal_reward(seen, wanted)
-                else:
-                    reward = goal_reward(z_next, z_goal)
-                after = torch.cat([z_next, z_goal], dim=-1)  # the same goal, before and after
-                next_action = smoothed(actor_target(after), 0.2 * torch.randn_like(action))
-                next_value = critic_target(after, next_action).amin(0)
-                y = td_target(reward, terminated, next_value, gamma)
-            before = torch.cat([z, z_goal], dim=-1)
-            loss = critic_loss(critic(before, action), y)
-            critic_optimizer.zero_grad()
-            loss.backward()
-            critic_optimizer.step()
-            if update % 2 == 0:
-                actor_loss = -critic(before, actor(before))[0].mean()
-                actor_optimizer.zero_grad()
-                actor_loss.backward()
-                actor_optimizer.step()
-                polyak_(actor_target, actor, args.tau)
-                polyak_(critic_target, critic, args.tau)
-
-        # see again: fine-tune the VAE on old images and new ones; what was encoded is stale
-        stale = args.finetune_every and episodes % args.finetune_every < N
-        if stale and args.finetune_updates and not oracle and episodes < rounds * N:
-            with torch.no_grad():
-                chunks = to_tensor(replay.goals[: replay.size]).split(500)
-                drawn = torch.cat([decoder(chunk).sigmoid() for chunk in chunks])
-
-            def old_and_new():
-                e, t = rng.integers(replay.size, size=64), rng.integers(T + 1, size=64)
-                return np.concatenate([some_images()[:64], replay.observations[e, t]])
-
-            train_vae(old_and_new, args.finetune_updates, args.beta)
-            replay.z[: replay.size] = encode(replay.observations[: replay.size]).cpu()
-            replay.goals[: replay.size] = encode(drawn.mul(255).round().byte()).cpu()
-            mean, sd, r2 = fit()
-
-        # report
-        if episodes * T % 2000 < N * T or episodes == rounds * N:
-            path = reach(pursue, eval_env, start, shapes, encode(goal_images), T)
-            distance = np.linalg.norm(path[-1] - goal[..., :2], axis=-1)[:, :2]  # (N, 2)
-            final = {
-                "final_agent_distance": distance[:, AGENT].mean(),
-                "final_block_distance": distance[:, TARGET].mean(),
-                "success_rate": (distance[:, moved - 1] < 0.05).mean(),
-            }
-            final |= {} if oracle else {"probe_r2_agent": r2[AGENT], "probe_r2_square": r2[TARGET]}
-            learning = {"critic_loss": loss.item(), "q": -actor_loss.item()}
-            log.report(episodes * T, **final, **learning, reward=reward.mean().item())
-            saved = {"encoder": encoder, "decoder": decoder, "actor": actor, "critic": critic}
-            saved = {name: network.state_dict() for name, network in saved.items()}
-            saved |= {"prior_mean": mean, "prior_sd": sd, "step": episodes * T}
-            write_whole(out / "checkpoint.pt", lambda t, saved=saved: torch.save(saved, t))
-
-    untouched = np.linalg.norm(start[..., :2] - goal[..., :2], axis=-1).mean(0)
-    summary = final | {
-        "eval_episodes": args.eval_episodes,
-        "untouched_agent_distance": untouched[AGENT],
-        "untouched_block_distance": untouched[TARGET],
-    }
-    if not oracle:
-        summary |= {"probe_r2": min(r2), "vae_minutes": round(vae_minutes, 2)}
-        plot_imagination(out, decoder, mean, sd)
-    plot_reached(out, start, goal, path, shapes)
-    names = ("agent", "block")[:moved]
-    panels = [("final distance (frame widths)", [f"final_{name}_distance" for name in names])]
-    levels = [(f"{name}, untouched", y) for name, y in zip(names, untouched)]
-    plot_curve(out / "curve.png", log.rows, panels, "environment steps", levels)
-    summary["minutes"] = round(log.minutes(), 2)
-    write_whole(out / "summary.json", lambda t: t.write_text(json.dumps(summary, indent=1)))
-    return summary
+def relabelled_batch(replay, rng, seer, prior, args):
+    """B transitions with goals (5) and rewards (4): before = (z, z_g) and after = (z', z_g), both
+    (B, 2 Z), with the same goal; action (B, A), reward and terminated (B,)."""
+    e, t, h = replay.sample(rng, args.batch_size)
+    z, z_next, future = (to_tensor(replay.z[e, i], seer.device) for i in (t, t + 1, h))
+    action, terminated = (
+        to_tensor(x[e, t], seer.device) for x in (replay.actions, replay.terminated)
+    )
+    practised = to_tensor(replay.goals[e], seer.device)
+    which = torch.multinomial(torch.tensor(args.goal_fractions), len(e), replacement=True)
+    goal = relabel(practised, imagine(prior, len(e)), future, which)
+    if args.goals == "pixel":
+        seen = to_tensor(replay.observations[e, t + 1], seer.device).flatten(1)
+        reward = PIXEL_SCALE * goal_reward(seen, seer.decode(goal).flatten(1))
+    else:
+        reward = goal_reward(z_next, goal)
+    before, after = (torch.cat([x, goal], dim=-1) for x in (z, z_next))
+    transition = {"before": before, "action": action, "reward": reward, "after": after}
+    return transition | {"terminated": terminated}
 
 
-# --- Appendix: images, measures, shared networks, pictures, run folder, log ----------------------
-
-
-def collect_images(env, count, rng, seed):
-    """What the exploration policy sees: random actions, in a new scene after every episode.
-
-    Returns observations (M, ...) and, to measure with, the positions (M, 4) of agent and square."""
-    observations, positions = [], []
-    obs, _ = env.reset(seed=seed)
-    while len(observations) * env.num_envs < count:
-        observations.append(obs)
-        positions.append(env.states[:, :2, :2].reshape(-1, 4))
-        obs, *_ = env.step(rng.uniform(-1, 1, env.action_space.shape))
-    return np.concatenate(observations)[:count], np.concatenate(positions)[:count]
-
-
-def draw_goals(env, seed):
-    """Held-out tasks: start states and goal states (N, K, 4), shapes (N, K). The goal is the same
-    scene with the agent elsewhere (reach), or the agent and the square (push)."""
-    env.reset(seed=seed)
-    start, shapes = env.states, env.shapes
-    env.reset()
-    moved = 2 if env.task == "push" else 1
-    goal = np.concatenate([env.states[:, :moved], start[:, moved:]], axis=1)
-    return start, goal, shapes
+# --- Measures --------------------------------------------------------------------------------
 
 
 def position_probe(z, positions, z_new, new_positions):
@@ -514,213 +510,295 @@ def position_probe(z, positions, z_new, new_positions):
     return r2.unflatten(0, (2, 2)).mean(1).tolist()
 
 
-def reach(policy, env, start, shapes, goals, steps):
-    """Positions (steps + 1, N, K, 2) on the way from the states `start` (N, K, 4) to `goals`
-    (N, Z), without noise. `policy` maps observations and goals to actions."""
-    obs, _ = env.reset(options={"state": start, "shapes": shapes})
-    path = [start[..., :2]]
-    for _ in range(steps):
-        obs, *_ = env.step(policy(obs, goals))
-        path.append(env.states[..., :2])
-    return np.stack(path)
+def look(seer, images, positions, new_images, new_positions):
+    """The prior of goals (3), and the probe's R² of agent and square, on new images."""
+    z, z_new = seer.encode(images), seer.encode(new_images)
+    r2 = position_probe(z.cpu(), positions, z_new.cpu(), new_positions)
+    return fit_prior(z), r2
 
 
-def plot_reached(out, start, goal, path, shapes):
+class HeldOut:
+    """Tasks to be tested with: start and goal states (M, K, 4), images of the goals, shapes (M, K).
+    A goal is the same scene with the agent elsewhere (reach), or the agent and the square (push)."""
+
+    def __init__(self, args):
+        self.moved, self.steps = args.moved, make_env(args, 1).horizon
+        self.env = make_env(
+            args, args.eval_episodes, horizon=self.steps + 1
+        )  # its last state stays
+        self.env.reset(seed=10**9)
+        self.start, self.shapes = self.env.states, self.env.shapes
+        self.env.reset()
+        parts = self.env.states[:, : self.moved], self.start[:, self.moved :]
+        self.goal = np.concatenate(parts, axis=1)
+        options = {"state": self.goal, "shapes": self.shapes}
+        self.goal_images, _ = self.env.reset(options=options)
+
+    def reach(self, policy, goals):
+        """Positions (T + 1, M, K, 2) on the way to goals (M, Z), without noise; `policy` maps
+        observations and goals to actions."""
+        obs, _ = self.env.reset(options={"state": self.start, "shapes": self.shapes})
+        path = [self.start[..., :2]]
+        for _ in range(self.steps):
+            obs, *_ = self.env.step(policy(obs, goals))
+            path.append(self.env.states[..., :2])
+        return np.stack(path)
+
+    def measure(self, positions, name):
+        """Mean distances of agent and block from where the goal has them; success."""
+        distance = np.linalg.norm(positions - self.goal[..., :2], axis=-1)  # (M, K)
+        success = (distance[:, self.moved - 1] < SUCCESS).mean()
+        agent, block = distance[:, AGENT].mean(), distance[:, TARGET].mean()
+        return {f"{name}_agent_distance": agent, f"{name}_block_distance": block}, success
+
+
+# --- Training --------------------------------------------------------------------------------
+
+
+def see(vae, sample, updates, beta_start, beta):
+    """Train the VAE on what `sample()` gives, uint8 (B, 1, 64, 64). β goes from its start to its
+    end in equal ratios."""
+    for i in range(updates):
+        f = i / updates
+        frames = to_tensor(sample(), vae.device)
+        loss = update_vae(vae, frames, beta_start ** (1 - f) * beta**f)
+        if i % 250 == 249:
+            print(f"VAE {i + 1}/{updates}  loss {loss.item():.1f}", flush=True)
+
+
+def imagine(prior, count):
+    """Goals (count, Z) from the prior (3): its mean and standard deviation."""
+    mean, sd = prior
+    return mean + sd * torch.randn(count, len(mean), device=mean.device)
+
+
+def practise(agent, seer, episodes, replay, prior, rng, args):
+    """Act and store: an episode in each environment, toward a goal that it sets itself."""
+    goals, rows = imagine(prior, args.num_envs), []
+    observations = [episodes.obs]
+    for _ in range(episodes.env.horizon):
+        action = agent.act(seer.encode(episodes.obs), goals)
+        action = (action + args.noise * rng.standard_normal(action.shape)).clip(-1, 1)
+        if replay.size * episodes.env.horizon < RANDOM_STEPS:
+            action = rng.uniform(-1, 1, action.shape)
+        successors, _, terminated, truncated = episodes.step(action)
+        observations.append(successors)
+        rows.append((action, terminated))
+    assert (terminated | truncated).all()  # in lockstep
+    observations = np.stack(observations, axis=1)
+    actions, terminated = (np.stack(column, axis=1) for column in zip(*rows))
+    z = seer.encode(observations)
+    replay.add(observations, actions, terminated, goals.cpu(), z.cpu())
+
+
+def see_again(vae, images, replay, rng, args):
+    """Fine-tune the VAE on old images and new ones, and encode the replay anew: it was stale. Goals
+    are kept as pictures: the old decoder draws them, the new encoder reads them."""
+    size, half = replay.size, VAE_BATCH // 2
+    drawn = vae.decode(to_tensor(replay.goals[:size], vae.device))
+
+    def old_and_new():
+        e, t = rng.integers(size, size=half), rng.integers(replay.z.shape[1], size=half)
+        old = images[rng.integers(len(images), size=VAE_BATCH)][:half]
+        return np.concatenate([old, replay.observations[e, t]])
+
+    see(vae, old_and_new, args.finetune_updates, args.beta, args.beta)
+    replay.z[:size] = vae.encode(replay.observations[:size]).cpu()
+    replay.goals[:size] = vae.encode(drawn.mul(255).round().byte()).cpu()
+
+
+def train(args):
+    """One run: see, imagine, practise; returns the content of summary.json."""
+    env, rng = make_env(args, args.num_envs), np.random.default_rng(args.seed)
+    N, T = args.num_envs, env.horizon
+    rounds = args.total_steps // (N * T)
+    run = Run(args, total=rounds * N * T)
+    device = run.device
+
+    # see
+    scenes, new_scenes = (make_env(args, 100, horizon=5) for _ in range(2))
+    images, positions = collect_images(scenes, args.images, rng, args.seed * 100_000)
+    new_rng, new_seed = np.random.default_rng(0), 10**9 + 50_000  # for the probe, never trained on
+    new = collect_images(new_scenes, 2000, new_rng, new_seed)
+    oracle = args.goals == "oracle"
+    seer = TruePositions(args, device, positions) if oracle else VAE(args, device)
+    if not oracle:
+        sample = lambda: images[rng.integers(len(images), size=VAE_BATCH)]  # noqa: E731
+        see(seer, sample, args.vae_updates, args.beta_start, args.beta)
+    vae_minutes = (time.perf_counter() - run.start) / 60
+    prior, r2 = look(seer, images, positions, *new)
+    print("linear probe of z, new images: R² {:.3f} (agent), {:.3f} (square)".format(*r2))
+    if min(r2[: args.moved]) < 0.95:
+        print("warning: z does not tell places well, so goals will be missed: train the VAE longer")
+
+    # imagine, practise
+    action_dim = env.single_action_space.shape[0]
+    agent = GoalAgent(seer.z_dim, action_dim, args, device)
+    replay = EpisodeReplay(rounds * N, T, env.single_observation_space, action_dim, seer.z_dim)
+    episodes = sprites_env.Episodes(env, args.seed * 100_000 + 50_000)  # other scenes than images
+    held_out = HeldOut(args)
+    for count in range(N, rounds * N + 1, N):
+        practise(agent, seer, episodes, replay, prior, rng, args)
+
+        # learn: as many updates as steps
+        for i in range(N * T):
+            batch = relabelled_batch(replay, rng, seer, prior, args)
+            metrics = update_goal_critic(agent, batch, args.gamma)
+            if i % ACTOR_EVERY == 0:
+                improved = update_goal_actor(agent, batch, args.tau)
+
+        # see again
+        stale = args.finetune_every and count % args.finetune_every < N and count < rounds * N
+        if stale and args.finetune_updates and not oracle:
+            see_again(seer, images, replay, rng, args)
+            prior, r2 = look(seer, images, positions, *new)
+
+        # report
+        if count * T % REPORT_EVERY < N * T or count == rounds * N:
+            path = held_out.reach(
+                lambda obs, goals: agent.act(seer.encode(obs), goals),
+                seer.encode(held_out.goal_images),
+            )
+            final, success = held_out.measure(path[-1], "final")
+            final["success_rate"] = success
+            final |= {} if oracle else {"probe_r2_agent": r2[AGENT], "probe_r2_square": r2[TARGET]}
+            metrics |= improved | {"reward": batch["reward"].mean()}
+            run.report(count * T, **final, **{name: x.item() for name, x in metrics.items()})
+            networks = {"actor": agent.actor, "critic": agent.critic} | seer.networks
+            saved = {name: network.state_dict() for name, network in networks.items()}
+            saved |= {"prior_mean": prior[0], "prior_sd": prior[1], "step": count * T}
+            run.save("checkpoint.pt", saved)
+
+    untouched, _ = held_out.measure(path[0], "untouched")
+    summary = final | untouched | {"eval_episodes": args.eval_episodes}
+    if not oracle:
+        summary |= {"probe_r2": min(r2), "vae_minutes": round(vae_minutes, 2)}
+        draw_imagination(run, seer, prior)
+    draw_reached(run, held_out, path)
+    names = ("agent", "block")[: args.moved]
+    panels = [("final distance (frame widths)", [f"final_{name}_distance" for name in names])]
+    levels = [(f"{name}, untouched", summary[f"untouched_{name}_distance"]) for name in names]
+    return run.finish(summary, panels, "environment steps", levels)
+
+
+# --- Appendix: pictures, the run's folder, checks --------------------------------------------
+
+
+def draw_reached(run, held_out, path):
     """reached.png, eight episodes: start, goal, reached; rollout.gif: how four of them went, the
     goal shining through."""
 
     def draw(states, count):  # uint8 (count, height, width, 3)
-        pairs = zip(states[:count, :, :2], shapes)
+        pairs = zip(states[:count, :, :2], held_out.shapes)
         return np.stack([sprites_env.draw_rgb(*pair) for pair in pairs])
 
-    rows = [draw(states, 8) for states in (start, goal, path[-1])]
-    plot_images(out / "reached.png", rows, ("start", "goal", "reached"))
-    ghost, frames = 0.65 * 255 + 0.35 * draw(goal, 4), [draw(states, 4) for states in path]
+    rows = {"start": held_out.start, "goal": held_out.goal, "reached": path[-1]}
+    rows = {name: draw(states, 8) for name, states in rows.items()}
+    run.save("reached.png", sprites_env.draw_images(rows))
+    ghost, frames = 0.65 * 255 + 0.35 * draw(held_out.goal, 4), [draw(x, 4) for x in path]
     film = [np.where((x == 255).all(-1, keepdims=True), ghost, x).astype(np.uint8) for x in frames]
-    save_gif(out / "rollout.gif", film)
+    run.save("rollout.gif", film)
 
 
-@torch.no_grad()
-def plot_imagination(out, decoder, mean, sd):
+def draw_imagination(run, vae, prior):
     """imagined_goals.png: samples of the prior, decoded; latent_walk.png: one dimension of z at a
     time, from -2 to 2 standard deviations of the prior."""
-    samples = decoder(mean + sd * torch.randn(16, len(mean), device=mean.device))
-    steps = torch.linspace(-2, 2, 9, device=mean.device)
-    walk = decoder((mean + steps[:, None] * torch.diag(sd)[:, None]).flatten(0, 1))  # (9 Z, ...)
-    grids = {"imagined_goals": samples.view(2, 8, 64, 64), "latent_walk": walk.view(-1, 9, 64, 64)}
-    for name, grid in grids.items():
-        labels = [f"z{i + 1}" if name == "latent_walk" else "" for i in range(len(grid))]
-        plot_images(out / f"{name}.png", grid.sigmoid().cpu().numpy(), labels)
+    (mean, sd), steps = prior, torch.linspace(-2, 2, 9, device=vae.device)
+    samples = vae.decode(imagine(prior, 16)).view(2, 8, 64, 64)
+    walk = vae.decode((mean + steps[:, None] * torch.diag(sd)[:, None]).flatten(0, 1))
+    walk = walk.view(-1, 9, 64, 64)
+    run.save("imagined_goals.png", sprites_env.draw_images(dict(zip(("", " "), samples.cpu()))))
+    rows = {f"z{i + 1}": frames.cpu() for i, frames in enumerate(walk)}
+    run.save("latent_walk.png", sprites_env.draw_images(rows))
 
 
-def plot_images(path, rows, labels):
-    """Rows of images, grey in [0, 1] or RGB, each row with a label."""
-    from matplotlib.figure import Figure
+class Run:
+    """A run's device and folder. Files are written whole or not at all; summary.json, the last one,
+    says that the run has finished, and a finished run is left alone."""
 
-    figure = Figure(figsize=(len(rows[0]), len(rows)), layout="constrained")
-    for axis, images, label in zip(figure.subplots(len(rows), 1), rows, labels):
-        w = len(images[0]) // 64  # of grey frames
-        edge = ((w, w), (w, w), (0, 0))[: np.ndim(images[0])]
-        framed = [np.pad(image, edge, constant_values=image.max() / 2) for image in images]
-        row = np.concatenate(framed, axis=1)
-        axis.imshow(row, cmap="gray", vmin=0, vmax=1)
-        axis.set(xticks=[], yticks=[], ylabel=label)
-    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))
+    def __init__(self, args, total):
+        self.rows, self.total, self.start = [], total, time.perf_counter()
+        self.folder = Path(args.out or Path("runs") / Path(__file__).stem / args.run_name)
+        finished = (self.folder / "summary.json").exists() and not args.overwrite
+        require(not finished, f"{self.folder} holds a finished run: --overwrite, or --out FOLDER")
+        cuda = args.device != "cpu" and torch.cuda.is_available()
+        require(cuda or args.device != "cuda", "--device cuda, but PyTorch finds no CUDA device")
+        self.device = torch.device("cuda" if cuda else "cpu")
+        torch.manual_seed(args.seed)
+        if args.torch_threads:
+            torch.set_num_threads(args.torch_threads)
+        if platform.libc_ver()[0] == "glibc":
+            # By default glibc returns large activations to the system after every update, and maps
+            # them anew, page by page: half of the time. TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD:
+            for option, value in ((-1, 1 << 30), (-2, 1 << 28), (-3, 1 << 30)):
+                ctypes.CDLL(None).mallopt(option, value)
+        commit = subprocess.getoutput(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD')
+        facts = {"arguments": asdict(args), "git_commit": commit if len(commit) == 40 else None}
+        facts |= {m.__name__: m.__version__ for m in (gymnasium, np, torch)}
+        facts |= {"python": platform.python_version(), "device": str(self.device)}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name in ("summary.json", "checkpoint.pt", "curve.csv"):  # of an earlier run
+                (self.folder / name).unlink(missing_ok=True)
+            self.save("args.json", facts | {"threads": torch.get_num_threads()})
+        except OSError as error:
+            require(False, f"cannot write to {self.folder}: {error.strerror}")
 
-
-def plot_curve(path, rows, panels, x_label, levels=(), offline=0):
-    """A panel for each (y label, columns of curve.csv); dashed: levels (name, y); grey: offline."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * max(1.2, len(panels)), 3.8), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    axes[0].axvspan(0, offline, color="grey", alpha=0.15, lw=0)
-    for name, y in levels:
-        axes[0].axhline(y, color="grey", lw=0.8, ls="--", zorder=0)
-        axes[0].annotate(name, (0, y), xycoords=("axes fraction", "data"), color="grey", size=8)
-    for axis, (y_label, names) in zip(axes, panels):
-        for name in names:
-            values = [row[name] for row in rows]
-            axis.plot([row["step"] for row in rows], values, label=name.replace("_", " "))
-        axis.set(xlabel=x_label, ylabel=y_label, yscale="log" if "error" in y_label else "linear")
-        axis.legend(fontsize=8)
-    figure.suptitle(path.parent.name, fontsize=10)
-    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))
-
-
-def strided_convolutions(channels, batch_norm=False):
-    """3 x 3 convolutions, each halving the image's height and width, each followed by a ReLU."""
-    layers = []
-    for c_in, c_out in zip(channels[:-1], channels[1:]):
-        norm = [nn.BatchNorm2d(c_out)] if batch_norm else []
-        layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), *norm, nn.ReLU()]
-    return nn.Sequential(*layers)
-
-
-def mlp(size_in, hidden, size_out):
-    """A multilayer perceptron of three layers."""
-    layers = [nn.Linear(size_in, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
-    return orthogonal_(nn.Sequential(*layers, nn.Linear(hidden, size_out)))
-
-
-def orthogonal_(module):
-    """Orthogonal weights and zero biases. With PyTorch's default, the signal all but vanishes on
-    its way through six stride-2 layers, and nothing is learnt for thousands of updates."""
-    for layer in module.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            nn.init.orthogonal_(layer.weight, math.sqrt(2))
-            nn.init.zeros_(layer.bias)
-    return module
-
-
-class TwinCritic(nn.Module):
-    """Two Q functions; the smaller one is believed."""
-
-    def __init__(self, features, size_in, hidden, action_dim):
-        super().__init__()
-        self.features = features
-        self.heads = nn.ModuleList(mlp(size_in + action_dim, hidden, 1) for _ in range(2))
-
-    def forward(self, obs, action):  # (B, D), (B, A) -> (2, B)
-        x = torch.cat([self.features(obs), action], dim=-1)
-        return torch.cat([head(x) for head in self.heads], dim=-1).T
-
-
-def save_gif(path, film):
-    """film: a list of tuples of images uint8 (height, width, 3), shown side by side."""
-    from PIL import Image
-
-    rows = [np.concatenate([np.pad(i, ((3, 3), (3, 3), (0, 0))) for i in row], 1) for row in film]
-    first, *rest = [Image.fromarray(row).quantize(16) for row in rows]
-    settings = {"save_all": True, "append_images": rest, "loop": 0, "duration": 100}  # ms
-    write_whole(path, lambda temporary: first.save(temporary, **settings))
-
-
-def to_float(frames, device):
-    """uint8 (...), array or tensor -> float32 (...) in [0, 1] on the device."""
-    return torch.as_tensor(frames, device=device).to(torch.float32, copy=True).div_(255)
-
-
-def check(args, positive):
-    """End with one line if one of these arguments is not above zero, or the seed is unusable."""
-    for name in positive.split():
-        if not getattr(args, name) > 0:
-            flag = name.replace("_", "-")
-            raise SystemExit(f"error: --{flag} must be positive, not {getattr(args, name)}")
-    if not 0 <= args.seed < 10_000:  # evaluation and held-out data use seeds from 10**9 on
-        raise SystemExit(f"error: --seed must be in 0 ... 9999, not {args.seed}")
-
-
-def prepare(args):
-    """Threads, seed and memory; returns the device."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("error: --device cuda, but this PyTorch finds no CUDA device")
-    if args.torch_threads > 0:
-        torch.set_num_threads(args.torch_threads)
-    torch.manual_seed(args.seed)
-    if platform.libc_ver()[0] == "glibc":
-        # Large activations come and go with every update. By default glibc hands them back to
-        # the system each time and maps them anew, page by page: up to half of the time.
-        for option, value in ((-1, 1 << 30), (-2, 1 << 28), (-3, 1 << 30)):
-            ctypes.CDLL(None).mallopt(option, value)  # M_TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD
-    cuda = args.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if cuda else "cpu")
-
-
-def open_run(args, name, device):
-    """Make the run's folder and write args.json; a finished run is not overwritten unasked."""
-    out = Path(args.out or Path("runs") / Path(__file__).stem / name)
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout
-    facts = {"arguments": asdict(args), "git_commit": (commit or "").strip() or None}
-    facts |= {module.__name__: module.__version__ for module in (np, torch, gymnasium)}
-    facts |= {"python": platform.python_version(), "device": str(device)}
-    facts |= {"threads": torch.get_num_threads()}
-    try:
-        if (out / "summary.json").exists() and not args.overwrite:
-            raise SystemExit(f"error: {out} holds a finished run: use --overwrite, or --out FOLDER")
-        out.mkdir(parents=True, exist_ok=True)
-        for old in ("summary.json", "checkpoint.pt", "curve.csv"):
-            (out / old).unlink(missing_ok=True)  # of an earlier run: not to be taken for this one's
-        write_whole(out / "args.json", lambda t: t.write_text(json.dumps(facts, indent=1)))
-    except OSError as error:
-        raise SystemExit(f"error: cannot write to {out}: {error.strerror}") from None
-    return out
-
-
-def write_whole(path, save):
-    """Write a file whole or not at all: `save` fills a temporary file, which is then renamed."""
-    temporary = path.with_name("unfinished_" + path.name)
-    save(temporary)
-    temporary.replace(path)
-
-
-class Log:
-    """Appends a row to curve.csv and prints a line of progress at every report."""
-
-    def __init__(self, out, total):
-        self.path, self.total = out / "curve.csv", total
-        self.start, self.rows = time.perf_counter(), []
-
-    def minutes(self):
-        return (time.perf_counter() - self.start) / 60
+    def save(self, name, content):
+        """A dict as .json or .pt, a figure as .png, or a film as .gif."""
+        file = self.folder / f"unfinished_{name}"
+        if file.suffix == ".json":
+            file.write_text(json.dumps(content, indent=1))
+        elif file.suffix == ".pt":
+            torch.save(content, file)
+        elif file.suffix == ".png":
+            content.savefig(file)
+        else:
+            sprites_env.save_gif(file, content)
+        file.replace(self.folder / name)
 
     def report(self, step, **metrics):
-        seconds = 60 * self.minutes()
-        row = {"step": step, "seconds": round(seconds, 2)}
-        row |= {"steps_per_second": round(step / seconds, 1)} | metrics
-        with open(self.path, "a" if self.rows else "w", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if not self.rows:
-                writer.writeheader()
-            writer.writerow(row)
-        self.rows.append(row)
-        left = seconds * (self.total / step - 1)
+        """A row of curve.csv, and a line of progress: on a terminal one line that changes."""
+        seconds = time.perf_counter() - self.start
+        speed, left = step / seconds, seconds * (self.total / step - 1)
+        row = {"step": step, "seconds": round(seconds, 2), "steps_per_second": round(speed, 1)}
+        self.rows.append(row | metrics)
+        with open(self.folder / "curve.csv", "a") as file:
+            if len(self.rows) == 1:
+                print(*self.rows[0], sep=",", file=file)
+            print(*self.rows[-1].values(), sep=",", file=file)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:4])
-        line = f"{step:,}/{self.total:,}  {step / seconds:,.0f}/s  {left:.0f} s left  {shown}"
-        live = sys.stdout.isatty()  # one line that changes, or else one line a report
+        line = f"{step:,}/{self.total:,}  {speed:,.0f}/s  {left:.0f} s left  {shown}"
+        live = sys.stdout.isatty()
         end = "" if live and step < self.total else "\n"
         print(f"\r\033[K{line}" if live else line, end=end, flush=True)
+
+    def finish(self, summary, panels, x_label, levels=(), offline=0):
+        """curve.png (see sprites_env.draw_curve) and summary.json, whose content it returns."""
+        figure = sprites_env.draw_curve(self.rows, panels, x_label, levels, offline)
+        figure.suptitle(self.folder.name, fontsize=10)
+        self.save("curve.png", figure)
+        summary = summary | {"minutes": round((time.perf_counter() - self.start) / 60, 2)}
+        self.save("summary.json", summary)
+        return summary
+
+
+def require(condition, message):
+    """End with one line unless the condition holds."""
+    if not condition:
+        raise SystemExit(f"error: {message}")
+
+
+def require_positive(args, but=""):
+    """All numbers must be finite and positive; those named in `but`, and seeds, may be 0."""
+    for name, value in vars(args).items():
+        zero = name in ("seed", "torch_threads", "distractors", *but.split())
+        flag, least = name.replace("_", "-"), "0 or more" if zero else "positive"
+        for x in value if isinstance(value, tuple) else (value,):
+            if type(x) in (int, float):
+                good = math.isfinite(x) and (x > 0 or zero and x == 0)
+                require(good, f"--{flag} must be finite and {least}, not {x}")
+    require(args.seed < 10_000, f"--seed must be in 0 ... 9999, not {args.seed}")  # 10**9: held out
 
 
 if __name__ == "__main__":

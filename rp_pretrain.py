@@ -4,16 +4,28 @@ What
     Watch moving sprites and learn to predict several rewards at once: whatever the rewards
     depend on must get through the encoder, whatever they do not depend on (distractors) need not.
     Image reconstruction, the rival objective, must encode everything that covers pixels.
-    The encoder is then used by ppo_encoder.py; heads, LSTM and decoder have done their work.
+    The encoder is then used by ppo_encoder.py; heads, LSTM and decoder are no longer needed.
 
 Paper
     Jain, Lee & Pertsch, "Reward-Induced Representation Learning"; its successor: Yamada, Pertsch,
     Gunjal & Lim, "Task-Induced Representation Learning", ICLR 2022, arXiv 2204.11827.
 
+Algorithm
+    repeat --updates times:
+        frames, rewards ← sample_batch               B sequences, drawn for this update
+        reward prediction:
+            update_reward_prediction                 a step of encoder and predictor on (2)
+            every fourth time update_reconstruction  a step of the decoder on (3), z detached
+        image reconstruction:
+            update_reconstruction                    a step of encoder and decoder on (3)
+        twenty times in all: measure                 errors and a linear probe, on held-out data
+
 Equations
-    (1)  p(r¹:ᴷ | x) = Πₖ ∫ p(rₖ | z) p(z | x) dz          one encoder, K reward heads
+    (1)  p(r¹:ᴷ | x) = ∫ Πₖ p(rₖ | z) p(z | x) dz           one encoder, K reward heads
     (2)  L = Σₜ Σₖ (rₖᵗ − r̂ₖᵗ)²                             reward prediction, mean over B
     (3)  L = mean over pixels of (x − x̂)²                  image reconstruction
+    In the slides that this follows, the product of (1) stands outside the integral: then every
+    reward would have a z of its own. Here p(z|x) is a point, z = encoder(x).
 
 Notation
     B batch, N conditioning frames, T predicted steps, K tasks, Z latent size, H hidden size,
@@ -25,10 +37,12 @@ Differs from the paper
        it .0076 (1 distractor, seed 1).
     2. Ten predicted steps, the first of them those of the conditioning frames: the nearer a
        reward is to a frame, the sharper the gradient that reaches the encoder.
-    3. RAdam at 4e-3, warmed up and annealed, batches of 32, orthogonal initialisation of encoder
-       and MLPs. In short single runs 6e-3 left one seed of two blind to the agent; 3e-3 was slower.
+    3. RAdam at 4e-3, a linear warm-up times a cosine, batches of 32, orthogonal initialisation of
+       encoder and MLPs. In short single runs 6e-3 left one seed of two blind to the agent; 3e-3
+       was slower.
     4. Data is drawn afresh for every update instead of from a fixed set: nothing to overfit.
-    5. The decoder that looks on is trained at every fourth update, to save time.
+    5. The decoder of reward prediction, which only shows what is in z, is trained at every fourth
+       update, to save time.
     6. The reconstruction loss is a mean over pixels, for one frame of each sequence: neighbours
        look alike, and RAdam does not scale its first steps, so that a sum over 4,096 pixels throws
        the weights far off. Even so, one seed of five never reconstructs the agent at 0
@@ -44,17 +58,13 @@ Writes
     args.json, curve.csv, curve.png, decoded.png (true frames above decoded ones), checkpoint.pt
     (all networks, at every report), encoder.pt (the encoder, at the end, for ppo_encoder.py) and
     summary.json with `mse` (mean over tasks and steps, held out), `mse_<task>`, `mse_first_step`,
-    `mse_image` (per pixel), `r2_<object>_<axis>` (linear probe on z, held out), `minutes`.
+    `mse_image` (per pixel), `r2_<object>_<axis>` (linear probe on z, held out), `updates`,
+    `minutes`. Columns of curve.csv: `step` (updates), `seconds`, `steps_per_second`, `loss` (of the
+    last batch), and these.
 
 Result
-    Reward prediction, held out, mean over seeds 1-5 of python benchmark/study.py:
-
-        0 distractors: error 0.0009; R² agent 0.977, target 0.985
-        1 distractors: error 0.0015; R² agent 0.988, target 0.996, distractors -0.01
-        2 distractors: error 0.0018; R² agent 0.973, target 0.995, distractors -0.02
-
-    2.3 minutes on two otherwise idle cores (AMD EPYC). Predicting the mean would leave an error of
-    .053. README.md has the standard deviations, and image reconstruction beside it.
+    1 distractor, five seeds: error .0015 (predicting the mean: .053), R² of a linear probe .99
+    (agent and target), -.01 (distractors), in 2.3 minutes on two cores. All: benchmark/README.md.
 
 Try
     1. python rp_pretrain.py --tasks agent_x: which object, and which of its coordinates,
@@ -64,12 +74,10 @@ Try
        it take than with the four positions?
 """
 
-import csv
 import ctypes
 import json
 import math
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -88,6 +96,8 @@ import sprites_env
 Objective = Literal["reward_prediction", "image_reconstruction"]
 Task = Literal["agent_x", "agent_y", "target_x", "target_y", "follow", "repel"]
 POSITIONS = ("agent_x", "agent_y", "target_x", "target_y")  # the paper's pretraining tasks
+DECODER_EVERY = 4  # updates of the encoder, in reward prediction, to one of the decoder
+SHORTEST_WARM_UP = 200  # updates
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,7 @@ class Args:
     batch_size: int = 32  # sequences per update (B)
     conditioning_frames: int = 3  # frames that the predictor sees (N); reconstruction: 1
     horizon: int = 10  # steps to predict (T), from the first conditioning frame on
-    learning_rate: float = 4e-3  # of RAdam at its peak: a linear warm-up, then a cosine to zero
+    learning_rate: float = 4e-3  # of RAdam, times a linear warm-up, times a cosine down to zero
     z_dim: int = 64  # size of the representation (Z)
     batch_norm: bool = False  # batch normalisation after each convolution
     seed: int = 1  # of the networks and of the data
@@ -108,31 +118,58 @@ class Args:
     out: str | None = None  # folder to write to (default: see Writes)
     overwrite: bool = False  # redo a finished run
 
+    def __post_init__(self):
+        require_positive(self)
+        tasks_differ = 0 < len(set(self.tasks)) == len(self.tasks)
+        require(tasks_differ, "--tasks needs at least one task, each named once")
+        reaches = self.horizon >= self.conditioning_frames
+        require(reaches, "--horizon must reach over the --conditioning-frames")
+
+    @property
+    def frames(self):
+        """N. For reconstruction neighbouring frames add little to look at."""
+        return self.conditioning_frames if self.objective == "reward_prediction" else 1
+
+    @property
+    def run_name(self):
+        some = self.objective == "reward_prediction" and self.tasks != POSITIONS
+        variant = [self.objective, *(["+".join(self.tasks)] if some else [])]
+        variant += ["batch_norm"] if self.batch_norm else []
+        return "_".join([*variant, f"d{self.distractors}", f"s{self.seed}"])
+
 
 # --- Networks --------------------------------------------------------------------------------
 
 
-def strided_convolutions(channels, batch_norm=False):
+def strided_convolutions(channels):
     """3 x 3 convolutions, each halving the image's height and width, each followed by a ReLU."""
     layers = []
     for c_in, c_out in zip(channels[:-1], channels[1:]):
-        norm = [nn.BatchNorm2d(c_out)] if batch_norm else []
-        layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), *norm, nn.ReLU()]
+        layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.ReLU()]
     return nn.Sequential(*layers)
 
 
 class Encoder(nn.Module):
     """Six convolutions, 64 x 64 -> 1 x 1 pixel, and a linear map: an image becomes a vector z."""
 
-    def __init__(self, z_dim=64, batch_norm=False):
+    def __init__(self, z_dim=64):
         super().__init__()
-        self.convolutions = strided_convolutions((1, 4, 8, 16, 32, 64, 128), batch_norm)
+        self.convolutions = strided_convolutions((1, 4, 8, 16, 32, 64, 128))
         self.to_z = nn.Linear(128, z_dim)
         orthogonal_(self).to(memory_format=torch.channels_last)  # same numbers, faster
 
     def forward(self, frames):  # float (B, 1, 64, 64) in [0, 1]
         h = self.convolutions(frames)  # (B, 128, 1, 1)
         return self.to_z(h.flatten(1))  # (B, Z)
+
+
+def batch_normalized(convolutions):
+    """The same layers, with batch normalisation after each convolution."""
+    layers = []
+    for layer in convolutions:
+        is_convolution = isinstance(layer, nn.Conv2d)
+        layers += [layer, nn.BatchNorm2d(layer.out_channels)] if is_convolution else [layer]
+    return nn.Sequential(*layers)
 
 
 class Decoder(nn.Module):
@@ -152,7 +189,8 @@ class Decoder(nn.Module):
 
 
 class RewardPredictor(nn.Module):
-    """An MLP over the N codes starts an LSTM, which runs on without input; K heads read it."""
+    """r̂ of every step and task from N codes, eq. (1): an MLP over the codes starts an LSTM, which
+    runs on without input, and K heads read its state."""
 
     def __init__(self, z_dim, conditioning_frames, tasks, hidden=64):
         super().__init__()
@@ -183,7 +221,20 @@ def orthogonal_(module):
     return module
 
 
-# --- The algorithm: losses and the probe, pure functions of tensors --------------------------
+class Model:
+    """The three networks and their optimiser."""
+
+    def __init__(self, args, device):
+        self.encoder, self.decoder = Encoder(args.z_dim), Decoder(args.z_dim).to(device)
+        if args.batch_norm:
+            self.encoder.convolutions = batch_normalized(self.encoder.convolutions)
+        self.encoder.to(device)
+        self.predictor = RewardPredictor(args.z_dim, args.frames, len(args.tasks)).to(device)
+        networks = nn.ModuleList([self.encoder, self.decoder, self.predictor])
+        self.optimizer = torch.optim.RAdam(networks.parameters())  # its rate: see learning_rate
+
+
+# --- Losses and the probe: pure functions of tensors -----------------------------------------
 
 
 def reward_prediction_loss(predicted, rewards):
@@ -210,117 +261,52 @@ def linear_probe(z, y, z_test, y_test, ridge=1e-6):
     return 1 - error.square().mean(0) / y_test.var(0, correction=0)
 
 
-# --- Training --------------------------------------------------------------------------------
+# --- Updates: one gradient step each ---------------------------------------------------------
 
 
-def train(args):
-    """One pretraining run; returns the content of summary.json."""
-    check(args, "updates batch_size conditioning_frames horizon learning_rate z_dim")
-    if not args.tasks or len(set(args.tasks)) < len(args.tasks):
-        raise SystemExit("error: --tasks needs at least one task, each named once")
-    if args.horizon < args.conditioning_frames:
-        raise SystemExit("error: --horizon must reach over the --conditioning-frames")
-    by_reward, T = args.objective == "reward_prediction", args.horizon
-    N = args.conditioning_frames if by_reward else 1  # neighbouring frames add little to look at
-    tasks = "_" + "+".join(args.tasks) if by_reward and args.tasks != POSITIONS else ""
-    tasks += "_batch_norm" if args.batch_norm else ""
-    device = prepare(args)
-    out = open_run(args, f"{args.objective}{tasks}_d{args.distractors}_s{args.seed}", device)
-    (out / "encoder.pt").unlink(missing_ok=True)  # of an earlier run
-    rng = np.random.default_rng(args.seed)
+def update_reward_prediction(model, frames, rewards):
+    """One step of encoder and predictor on (2). frames (B N, 1, 64, 64), rewards (B, T, K).
 
-    encoder = Encoder(args.z_dim, args.batch_norm).to(device)
-    decoder = Decoder(args.z_dim).to(device)
-    predictor = RewardPredictor(args.z_dim, N, len(args.tasks)).to(device)
-    trained = [encoder, decoder, predictor] if by_reward else [encoder, decoder]
-    optimizer = torch.optim.RAdam(
-        [p for module in trained for p in module.parameters()], lr=args.learning_rate
+    Returns the loss, and z (B N, Z) without gradient."""
+    z = model.encoder(frames)
+    predicted = model.predictor(z.unflatten(0, (len(rewards), -1)), rewards.shape[1])  # (B, T, K)
+    loss = reward_prediction_loss(predicted, rewards)
+    model.optimizer.zero_grad()
+    loss.backward()
+    model.optimizer.step()
+    return loss.detach(), z.detach()
+
+
+def update_reconstruction(model, z, frames):
+    """One step on (3) of the decoder, and of the encoder, unless z (B, Z) is without gradient.
+
+    frames (B, 1, 64, 64). Returns the loss."""
+    loss = reconstruction_loss(model.decoder(z), frames)
+    model.optimizer.zero_grad()
+    loss.backward()
+    model.optimizer.step()
+    return loss.detach()
+
+
+def learning_rate(update, args):
+    """A linear warm-up times a cosine. RAdam takes its first steps unscaled: keep them small."""
+    warm_up = max(SHORTEST_WARM_UP, args.updates // 20)
+    cosine = (1 + math.cos(math.pi * (update - 1) / args.updates)) / 2
+    return args.learning_rate * (min(1, update / warm_up) * cosine)
+
+
+# --- Data and measures -----------------------------------------------------------------------
+
+
+def sample_batch(rng, batch, args, device):
+    """New sequences: frames float (B N, 1, 64, 64), the N of a sequence together, and rewards
+    (B, T, K) of its T steps."""
+    frames, _, rewards = sprites_env.sample_trajectories(
+        rng, batch, args.horizon, args.distractors, args.frames
     )
-    warm_up = max(200, args.updates // 20)  # RAdam takes its first steps unscaled: keep them small
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda u: min(1, (u + 1) / warm_up) * (1 + math.cos(math.pi * u / args.updates)) / 2,
-    )
-
-    def sample(generator, batch):
-        frames, _, rewards = sprites_env.sample_trajectories(
-            generator, batch, T, args.distractors, N
-        )
-        rewards = np.stack([rewards[task] for task in args.tasks], axis=-1)  # (B, T, K)
-        frames = frames.reshape(batch * N, 1, 64, 64)
-        return to_float(frames, device), torch.from_numpy(rewards).to(device)
-
-    held_out = sample(np.random.default_rng(10**9), 500)
-    probe_frames, probe_states = probe_data(args.distractors, device)
-
-    @torch.no_grad()
-    def evaluate():
-        encoder.eval()
-        frames, rewards = held_out
-        z = torch.cat([encoder(chunk) for chunk in frames.split(500)])
-        decoded = torch.cat([decoder(chunk) for chunk in z.split(500)])
-        metrics = {}
-        if by_reward:
-            error = (predictor(z.unflatten(0, (-1, N)), T) - rewards).square()
-            metrics |= {"mse": error.mean().item(), "mse_first_step": error[:, 0].mean().item()}
-            metrics |= {f"mse_{k}": e.item() for k, e in zip(args.tasks, error.mean((0, 1)))}
-        metrics["mse_image"] = (decoded - frames).square().mean().item()
-        z = torch.cat([encoder(chunk) for chunk in probe_frames.split(500)])
-        r2 = linear_probe(z[:2000], probe_states[:2000], z[2000:], probe_states[2000:])
-        names = ["agent", "target"] + [f"distractor{i + 1}" for i in range(args.distractors)]
-        metrics |= {
-            f"r2_{k}": v.item() for k, v in zip([f"{n}_{a}" for n in names for a in "xy"], r2)
-        }
-        encoder.train()
-        return metrics
-
-    def save(path, **modules):
-        facts = {"objective": args.objective, "tasks": list(args.tasks), "update": update}
-        facts |= {name: getattr(args, name) for name in ("distractors", "z_dim", "batch_norm")}
-        facts |= {name: module.state_dict() for name, module in modules.items()}
-        write_whole(path, lambda temporary: torch.save(facts, temporary))
-
-    log, reports = Log(out, args.updates), {math.ceil(args.updates * i / 20) for i in range(1, 21)}
-    for update in range(1, args.updates + 1):
-        # sample
-        frames, rewards = sample(rng, args.batch_size)  # (B N, 1, 64, 64), (B, T, K)
-
-        # learn
-        z = encoder(frames)  # (B N, Z)
-        if by_reward:
-            predicted = predictor(z.unflatten(0, (-1, N)), T)  # (B, T, K)
-            loss = total_loss = reward_prediction_loss(predicted, rewards)
-            if update % 4 == 0:  # the decoder looks on, now and then: the encoder gets no gradient
-                decoded = decoder(z[::N].detach())
-                total_loss = loss + reconstruction_loss(decoded, frames[::N])
-        else:
-            loss = total_loss = reconstruction_loss(decoder(z), frames)
-        optimizer.zero_grad()
-        total_loss.backward()
-        optimizer.step()
-        schedule.step()
-
-        # report
-        if update in reports:
-            metrics = evaluate()
-            log.report(update, loss=loss.item(), **metrics)
-            save(out / "checkpoint.pt", encoder=encoder, decoder=decoder, predictor=predictor)
-
-    summary = metrics | {"updates": args.updates, "minutes": round(log.minutes(), 2)}
-    columns = list(metrics)
-    panels = [("mean squared error, held out", [c for c in columns if c.startswith("mse")])]
-    panels += [("R² of a linear probe on z", [c for c in columns if c.startswith("r2")])]
-    plot_curve(out / "curve.png", log.rows, panels, "updates")
-    encoder.eval()
-    decoded = decoder(encoder(probe_frames[:8])).detach()
-    title = f"{args.objective}{tasks}, distractors: {args.distractors}"
-    plot_decoded(out / "decoded.png", probe_frames[:8], decoded, title)
-    save(out / "encoder.pt", encoder=encoder)
-    write_whole(out / "summary.json", lambda t: t.write_text(json.dumps(summary, indent=1)))
-    return summary
-
-
-# --- Appendix: data for the probe, run folder, log, pictures ---------------------------------
+    rewards = np.stack([rewards[task] for task in args.tasks], axis=-1)
+    frames = frames.reshape(batch * args.frames, 1, 64, 64)
+    return to_tensor(frames, device), to_tensor(rewards, device)
 
 
 def probe_data(distractors, device):
@@ -328,129 +314,177 @@ def probe_data(distractors, device):
     states, shapes = sprites_env.sample_states(np.random.default_rng(10**9 + 1), 3000, distractors)
     positions = states[:, :, :2]
     frames = sprites_env.draw(positions, shapes)[:, None]
-    return to_float(frames, device), torch.from_numpy(positions.reshape(3000, -1)).to(device)
+    return to_tensor(frames, device), torch.from_numpy(positions.reshape(3000, -1)).to(device)
 
 
-def to_float(frames, device):
-    """uint8 (...), array or tensor -> float32 (...) in [0, 1] on the device."""
-    return torch.as_tensor(frames, device=device).to(torch.float32, copy=True).div_(255)
+def to_tensor(array, device):
+    """float32 on the device; frames, which are uint8, in [0, 1]. Array or tensor."""
+    x = torch.as_tensor(array, device=device)
+    return x.float().div_(255) if x.dtype == torch.uint8 else x.float()
 
 
-def plot_decoded(path, frames, decoded, title):
-    """Row 1: true frames (M, 1, 64, 64); row 2: what the decoder makes of their z."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(len(frames), 2.4), layout="constrained")
-    axes = figure.subplots(2, len(frames), squeeze=False)
-    for row, images, label in zip(axes, (frames, decoded), ("true", "decoded")):
-        row[0].set_ylabel(label)
-        for axis, image in zip(row, images):
-            axis.imshow(image[0].cpu().numpy(), cmap="gray", vmin=0, vmax=1)
-            axis.set(xticks=[], yticks=[])
-    figure.suptitle(title, fontsize=10)
-    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))
-
-
-def plot_curve(path, rows, panels, x_label, levels=(), offline=0):
-    """A panel for each (y label, columns of curve.csv); dashed: levels (name, y); grey: offline."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * max(1.2, len(panels)), 3.8), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    axes[0].axvspan(0, offline, color="grey", alpha=0.15, lw=0)
-    for name, y in levels:
-        axes[0].axhline(y, color="grey", lw=0.8, ls="--", zorder=0)
-        axes[0].annotate(name, (0, y), xycoords=("axes fraction", "data"), color="grey", size=8)
-    for axis, (y_label, names) in zip(axes, panels):
-        for name in names:
-            values = [row[name] for row in rows]
-            axis.plot([row["step"] for row in rows], values, label=name.replace("_", " "))
-        axis.set(xlabel=x_label, ylabel=y_label, yscale="log" if "error" in y_label else "linear")
-        axis.legend(fontsize=8)
-    figure.suptitle(path.parent.name, fontsize=10)
-    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))
+@torch.no_grad()
+def measure(model, held_out, probe, args):
+    """Errors on held-out sequences, and R² of the probe, fitted on two thirds of its frames."""
+    model.encoder.eval()
+    frames, rewards = held_out
+    z = torch.cat([model.encoder(chunk) for chunk in frames.split(500)])
+    decoded = torch.cat([model.decoder(chunk) for chunk in z.split(500)])
+    metrics = {}
+    if args.objective == "reward_prediction":
+        error = model.predictor(z.unflatten(0, (len(rewards), -1)), args.horizon) - rewards
+        error = error.square()  # (B, T, K)
+        metrics |= {"mse": error.mean().item(), "mse_first_step": error[:, 0].mean().item()}
+        metrics |= {f"mse_{k}": e.item() for k, e in zip(args.tasks, error.mean((0, 1)))}
+    metrics["mse_image"] = reconstruction_loss(decoded, frames).item()
+    frames, positions = probe
+    z = torch.cat([model.encoder(chunk) for chunk in frames.split(500)])
+    r2 = linear_probe(z[:2000], positions[:2000], z[2000:], positions[2000:])
+    objects = ["agent", "target"] + [f"distractor{i + 1}" for i in range(args.distractors)]
+    names = [f"r2_{name}_{axis}" for name in objects for axis in "xy"]
+    model.encoder.train()
+    return metrics | dict(zip(names, r2.tolist()))
 
 
-def check(args, positive):
-    """End with one line if one of these arguments is not above zero, or the seed is unusable."""
-    for name in positive.split():
-        if not getattr(args, name) > 0:
-            flag = name.replace("_", "-")
-            raise SystemExit(f"error: --{flag} must be positive, not {getattr(args, name)}")
-    if not 0 <= args.seed < 10_000:  # evaluation and held-out data use seeds from 10**9 on
-        raise SystemExit(f"error: --seed must be in 0 ... 9999, not {args.seed}")
+# --- Training --------------------------------------------------------------------------------
 
 
-def prepare(args):
-    """Threads, seed and memory; returns the device."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("error: --device cuda, but this PyTorch finds no CUDA device")
-    if args.torch_threads > 0:
-        torch.set_num_threads(args.torch_threads)
-    torch.manual_seed(args.seed)
-    if platform.libc_ver()[0] == "glibc":
-        # Large activations come and go with every update. By default glibc hands them back to
-        # the system each time and maps them anew, page by page: up to half of the time.
-        for option, value in ((-1, 1 << 30), (-2, 1 << 28), (-3, 1 << 30)):
-            ctypes.CDLL(None).mallopt(option, value)  # M_TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD
-    cuda = args.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if cuda else "cpu")
+def train(args):
+    """One pretraining run; returns the content of summary.json."""
+    run = Run(args, total=args.updates)
+    device = run.device
+    (run.folder / "encoder.pt").unlink(missing_ok=True)  # of an earlier run
+    rng, model = np.random.default_rng(args.seed), Model(args, device)
+    held_out = sample_batch(np.random.default_rng(10**9), 500, args, device)
+    probe = probe_data(args.distractors, device)
+    facts = {name: getattr(args, name) for name in ("objective", "distractors", "z_dim")}
+    facts |= {"tasks": list(args.tasks), "batch_norm": args.batch_norm}
+
+    reports = {math.ceil(args.updates * i / 20) for i in range(1, 21)}
+    for update in range(1, args.updates + 1):
+        # sample
+        frames, rewards = sample_batch(rng, args.batch_size, args, device)
+
+        # learn
+        model.optimizer.param_groups[0]["lr"] = learning_rate(update, args)
+        if args.objective == "reward_prediction":
+            loss, z = update_reward_prediction(model, frames, rewards)
+            if update % DECODER_EVERY == 0:  # the decoder learns what is in z
+                update_reconstruction(model, z[:: args.frames], frames[:: args.frames])
+        else:
+            loss = update_reconstruction(model, model.encoder(frames), frames)
+
+        # report
+        if update in reports:
+            metrics = measure(model, held_out, probe, args)
+            run.report(update, loss=loss.item(), **metrics)
+            saved = facts | {"update": update, "encoder": model.encoder.state_dict()}
+            others = {"decoder": model.decoder.state_dict()}
+            others["predictor"] = model.predictor.state_dict()
+            run.save("checkpoint.pt", saved | others)
+
+    run.save("encoder.pt", saved)
+    model.encoder.eval()
+    with torch.no_grad():
+        decoded = model.decoder(model.encoder(probe[0][:8]))
+    rows = {"true": probe[0][:8, 0].cpu(), "decoded": decoded[:, 0].cpu()}
+    run.save("decoded.png", sprites_env.draw_images(rows))
+    columns = {kind: [name for name in metrics if name.startswith(kind)] for kind in ("mse", "r2")}
+    panels = [("mean squared error, held out", columns["mse"])]
+    panels += [("R² of a linear probe on z", columns["r2"])]
+    return run.finish(metrics | {"updates": args.updates}, panels, "updates")
 
 
-def open_run(args, name, device):
-    """Make the run's folder and write args.json; a finished run is not overwritten unasked."""
-    out = Path(args.out or Path("runs") / Path(__file__).stem / name)
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout
-    facts = {"arguments": asdict(args), "git_commit": (commit or "").strip() or None}
-    facts |= {module.__name__: module.__version__ for module in (np, torch, gymnasium)}
-    facts |= {"python": platform.python_version(), "device": str(device)}
-    facts |= {"threads": torch.get_num_threads()}
-    try:
-        if (out / "summary.json").exists() and not args.overwrite:
-            raise SystemExit(f"error: {out} holds a finished run: use --overwrite, or --out FOLDER")
-        out.mkdir(parents=True, exist_ok=True)
-        for old in ("summary.json", "checkpoint.pt", "curve.csv"):
-            (out / old).unlink(missing_ok=True)  # of an earlier run: not to be taken for this one's
-        write_whole(out / "args.json", lambda t: t.write_text(json.dumps(facts, indent=1)))
-    except OSError as error:
-        raise SystemExit(f"error: cannot write to {out}: {error.strerror}") from None
-    return out
+# --- Appendix: the run's folder, checks ------------------------------------------------------
 
 
-def write_whole(path, save):
-    """Write a file whole or not at all: `save` fills a temporary file, which is then renamed."""
-    temporary = path.with_name("unfinished_" + path.name)
-    save(temporary)
-    temporary.replace(path)
+class Run:
+    """A run's device and folder. Files are written whole or not at all; summary.json, the last one,
+    says that the run has finished, and a finished run is left alone."""
 
+    def __init__(self, args, total):
+        self.rows, self.total, self.start = [], total, time.perf_counter()
+        self.folder = Path(args.out or Path("runs") / Path(__file__).stem / args.run_name)
+        finished = (self.folder / "summary.json").exists() and not args.overwrite
+        require(not finished, f"{self.folder} holds a finished run: --overwrite, or --out FOLDER")
+        cuda = args.device != "cpu" and torch.cuda.is_available()
+        require(cuda or args.device != "cuda", "--device cuda, but PyTorch finds no CUDA device")
+        self.device = torch.device("cuda" if cuda else "cpu")
+        torch.manual_seed(args.seed)
+        if args.torch_threads:
+            torch.set_num_threads(args.torch_threads)
+        if platform.libc_ver()[0] == "glibc":
+            # By default glibc returns large activations to the system after every update, and maps
+            # them anew, page by page: half of the time. TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD:
+            for option, value in ((-1, 1 << 30), (-2, 1 << 28), (-3, 1 << 30)):
+                ctypes.CDLL(None).mallopt(option, value)
+        commit = subprocess.getoutput(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD')
+        facts = {"arguments": asdict(args), "git_commit": commit if len(commit) == 40 else None}
+        facts |= {m.__name__: m.__version__ for m in (gymnasium, np, torch)}
+        facts |= {"python": platform.python_version(), "device": str(self.device)}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name in ("summary.json", "checkpoint.pt", "curve.csv"):  # of an earlier run
+                (self.folder / name).unlink(missing_ok=True)
+            self.save("args.json", facts | {"threads": torch.get_num_threads()})
+        except OSError as error:
+            require(False, f"cannot write to {self.folder}: {error.strerror}")
 
-class Log:
-    """Appends a row to curve.csv and prints a line of progress at every report."""
-
-    def __init__(self, out, total):
-        self.path, self.total = out / "curve.csv", total
-        self.start, self.rows = time.perf_counter(), []
-
-    def minutes(self):
-        return (time.perf_counter() - self.start) / 60
+    def save(self, name, content):
+        """A dict as .json or .pt, a figure as .png, or a film as .gif."""
+        file = self.folder / f"unfinished_{name}"
+        if file.suffix == ".json":
+            file.write_text(json.dumps(content, indent=1))
+        elif file.suffix == ".pt":
+            torch.save(content, file)
+        elif file.suffix == ".png":
+            content.savefig(file)
+        else:
+            sprites_env.save_gif(file, content)
+        file.replace(self.folder / name)
 
     def report(self, step, **metrics):
-        seconds = 60 * self.minutes()
-        row = {"step": step, "seconds": round(seconds, 2)}
-        row |= {"steps_per_second": round(step / seconds, 1)} | metrics
-        with open(self.path, "a" if self.rows else "w", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if not self.rows:
-                writer.writeheader()
-            writer.writerow(row)
-        self.rows.append(row)
-        left = seconds * (self.total / step - 1)
+        """A row of curve.csv, and a line of progress: on a terminal one line that changes."""
+        seconds = time.perf_counter() - self.start
+        speed, left = step / seconds, seconds * (self.total / step - 1)
+        row = {"step": step, "seconds": round(seconds, 2), "steps_per_second": round(speed, 1)}
+        self.rows.append(row | metrics)
+        with open(self.folder / "curve.csv", "a") as file:
+            if len(self.rows) == 1:
+                print(*self.rows[0], sep=",", file=file)
+            print(*self.rows[-1].values(), sep=",", file=file)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:4])
-        line = f"{step:,}/{self.total:,}  {step / seconds:,.0f}/s  {left:.0f} s left  {shown}"
-        live = sys.stdout.isatty()  # one line that changes, or else one line a report
+        line = f"{step:,}/{self.total:,}  {speed:,.0f}/s  {left:.0f} s left  {shown}"
+        live = sys.stdout.isatty()
         end = "" if live and step < self.total else "\n"
         print(f"\r\033[K{line}" if live else line, end=end, flush=True)
+
+    def finish(self, summary, panels, x_label, levels=(), offline=0):
+        """curve.png (see sprites_env.draw_curve) and summary.json, whose content it returns."""
+        figure = sprites_env.draw_curve(self.rows, panels, x_label, levels, offline)
+        figure.suptitle(self.folder.name, fontsize=10)
+        self.save("curve.png", figure)
+        summary = summary | {"minutes": round((time.perf_counter() - self.start) / 60, 2)}
+        self.save("summary.json", summary)
+        return summary
+
+
+def require(condition, message):
+    """End with one line unless the condition holds."""
+    if not condition:
+        raise SystemExit(f"error: {message}")
+
+
+def require_positive(args, but=""):
+    """All numbers must be finite and positive; those named in `but`, and seeds, may be 0."""
+    for name, value in vars(args).items():
+        zero = name in ("seed", "torch_threads", "distractors", *but.split())
+        flag, least = name.replace("_", "-"), "0 or more" if zero else "positive"
+        for x in value if isinstance(value, tuple) else (value,):
+            if type(x) in (int, float):
+                good = math.isfinite(x) and (x > 0 or zero and x == 0)
+                require(good, f"--{flag} must be finite and {least}, not {x}")
+    require(args.seed < 10_000, f"--seed must be in 0 ... 9999, not {args.seed}")  # 10**9: held out
 
 
 if __name__ == "__main__":

@@ -13,28 +13,39 @@ Paper
     Robot Skills", ICLR 2018. Retrace: Munos, Stepleton, Harutyunyan & Bellemare, "Safe and
     efficient off-policy reinforcement learning", 2016, arXiv 1606.02647.
 
+Algorithm
+    repeat until --total-steps:
+        z ~ p(·|t), roll_out, store                    a whole episode in each of N environments
+        --updates times, on B episodes:
+            update_inference                           q names the skill that was seen, (5)
+            update_skill_critic                        Retrace targets (2) of rewards (1), then (3)
+            update_skill_actor                         π and p(z|t) on (4), with new z
+        twenty times in all: evaluate_skills           without noise
+    transfer: SkillTasks has the frozen policy, and z as actions; the same loop learns to choose
+
 Equations
-    (1)  r̂ᵢ = r_t(sᵢ,aᵢ) + α₂ log q(z|aᵢ, sᵢ₋ₕ … sᵢ) + α₃ H[π(·|sᵢ,z)]
-    (2)  maximise  E[Σ γⁱ r̂ᵢ] + α₁ E_t H[p(z|t)]   over π and p, by way of Q:
-    (3)  Gⱼ = r̂ⱼ + γ [Vⱼ₊₁ + cⱼ₊₁ (Gⱼ₊₁ − Q̄ⱼ₊₁)],   V = E_π[Q̄],   c = min(1, π(a|s,z) / b(a|s,z))
+    Maximise  E[Σ γⁱ r̂ᵢ] + α₁ E_t H[p(z|t)]  over π and p, by way of Q:
+    (1)  r̂ᵢ = r_t(sᵢ,aᵢ) + α₂ log q(z|aᵢ, sᵢ₋w … sᵢ) + α₃ H[π(·|sᵢ,z)]
+    (2)  Gⱼ = r̂ⱼ + γ [Vⱼ₊₁ + cⱼ₊₁ (Gⱼ₊₁ − Q̄ⱼ₊₁)],   V = E_π[Q̄],   c = min(1, π(a|s,z) / b(a|s,z))
          Q̄ is a slow copy of Q, b the policy that acted; one sample of π stands for E_π
-    (4)  Q ← argmin E[(Q(s,a;z,t) − G)²],   s, a, z, t from the replay
-    (5)  π, p ← argmax E[Q(s,a;z,t) + α₃ H[π(·|s,z)]] + α₁ E_t H[p(z|t)],   new z ~ p(·|t), a ~ π
-    (6)  q ← argmax E[log q(z|a, s …)],   the likelihood of the z that was acted on
+    (3)  Q ← argmin E[(Q(s,a;z,t) − G)²],   s, a, z, t from the replay
+    (4)  π, p ← argmax E[Q(s,a;z,t) + α₃ H[π(·|s,z)]] + α₁ E_t H[p(z|t)],   new z ~ p(·|t), a ~ π
+    (5)  q ← argmax E[log q(z|a, s …)],   the likelihood of the z that was acted on
 
 Notation
     N environments, T steps of an episode, B episodes of a batch, Z size of z, A (in shapes) size of
-    an action, D size of an observation, H steps that q looks back, K tasks, G goals of a task.
+    an action, D size of an observation, w steps that q looks back, K tasks, L goals of a task,
+    M episodes of an evaluation.
 
 Differs from the paper
-    1. (3) is Retrace as Munos et al. have it; the recursion printed in the paper is not.
+    1. (2) is Retrace as Munos et al. have it; the recursion printed in the paper is not.
     2. p(z|t) / b(z|t) is no part of c, as z is given once it is drawn, and c could exceed π / b;
        --z-ratio puts it back.
-    3. (5) has the entropy of the policy in it: ∂Q/∂a cannot see that of the present state.
+    3. (4) has the entropy of the policy in it: ∂Q/∂a cannot see that of the present state.
     4. p(z|t) is a table, not a linear network, and its standard deviation is bounded: it widens
        while α₁ > α₂ Σγⁱ, until tasks overlap, and shrinks to a point where it is less. Tasks start
        apart in z (--spread); in the paper they start alike, as in generality here.
-    5. log q is cut off at ±3. 0.03 E‖mean‖² is taken off (5), and α₃ starts large: or else the
+    5. log q is cut off at ±3. 0.03 E‖mean‖² is taken off (4), and α₃ starts large: or else the
        policy runs into the wall behind the goal and stays there, bouncing on the spot. In the
        second half of the run α₃ falls to zero, α₂ to a quarter: first be different, then exact.
     6. Z = 2, in which a skill can say all of z by where it comes to rest; the paper has 3.
@@ -55,19 +66,16 @@ Writes
     `eval_return_mean`, `eval_return_std`, `eval_episodes`, `minutes`; if gaussian `kl_1_2` ...,
     KL(p(z|1) ‖ p(z|2)); versatility: `solutions_found` (goals that 5 % of the episodes end at),
     `goal_entropy_bits`; generality: `kl_duplicate` (task 3 is task 1), `kl_others` (the smaller).
+    Columns of curve.csv: `step`, `seconds`, `steps_per_second`, these, and of the last batch
+    `critic_loss`, `log_q` and `entropy_z` (of p(z|t)).
     transfer has the library it learns in library/, no skills.png, and instead `success_skills_...`,
     `success_scratch_...` and `success_random_...` (a random skill at every choice) on the tasks
     interpolation and sequencing, `steps_...` to 80 %, and `transfer_steps_ratio` of these by task
-    (if scratch never got there, its budget counts: at least so many times).
+    (if scratch never got there, its budget counts: at least so many times); curve.csv: success.
 
 Result
-    Seeds 1, 2, ... (python benchmark/study.py --study skill); a library takes 4 minutes on one
-    thread of an AMD EPYC, transfer 1.2 after a shorter one:
-      library      worst task 0.97, 0.95, 0.98, 0.95, 0.97; top-1 0.64, 0.52, 0.37, 0.46, 0.56
-      generality   KL 0.005, 0.0002, 0.0005 to the same task, 5.7, 4.2, 7.5 to the nearest other one
-      versatility  solutions found: bernoulli 4, 4, 3 (success 1.00); gaussian 2, 2, 2 (0.36-0.40)
-      transfer     steps to 80 %: sequencing 5,120, 8,320, 7,680, scratch one of six in 25,600;
-                   interpolation 3,840, never, never, scratch 3,840, 6,400, 4,480
+    Four goals in 97 to 99 % of the episodes (five seeds, 4 minutes); with skills two goals in order
+    after 5,120 to 8,320 steps, from scratch hardly ever in 25,600. All: benchmark/README.md.
 
 Try
     1. --alpha2 0 --out runs/a, --alpha2 0.3 --out runs/b: skills.png, identifiability_top1?
@@ -76,12 +84,10 @@ Try
 """
 
 import copy
-import csv
 import ctypes
 import json
 import math
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -92,7 +98,6 @@ from typing import Literal
 import gymnasium
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import nn
 from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
@@ -102,12 +107,12 @@ from sprites_env import AGENT
 
 ANGLES = np.pi / 2 * np.arange(4)
 GOALS = 0.5 + 0.3 * np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=-1)  # (4, 2), on a circle
-TASKS = {  # tasks to learn skills from, (K, G, 2): any of its G goals solves a task
+TASKS = {  # tasks to learn skills from, (K, L, 2): any of its L goals solves a task
     "library": GOALS[:, None],
     "versatility": GOALS[None],
     "generality": GOALS[[0, 1, 0, 2], None],  # the third task is the first again
 }
-NEW_TASKS = {  # to reuse them for, (1, G, 2): goals to visit one after the other
+NEW_TASKS = {  # to reuse them for, (1, L, 2): goals to visit one after the other
     "interpolation": np.full((1, 1, 2), 0.5 + 0.3 * np.sqrt(0.5)),  # halfway between two
     "sequencing": GOALS[None, [0, 2]],
 }
@@ -123,7 +128,11 @@ for name in ("generality", "versatility", "transfer"):
 Z_RANGE = 3.0  # bound of the means of p(z|t)
 Z_GAIN = 4.5  # of z as an input, so that what differs within a task is not overlooked
 TAU = 0.01  # how fast the target critic follows
-EFFORT = 0.03  # weight of the squared mean action in eq. (5)
+EFFORT = 0.03  # weight of the squared mean action in (4)
+LOG_Q_CLIP = 3.0  # of log q in (1): one odd step must not outweigh the task
+REPLAY_EPISODES = 2000
+NEAR, HELD_STEPS = 0.1, 5  # frame widths from a goal, and for how long at the end, to solve a task
+REWARD_WIDTH = 0.15  # frame widths
 
 
 @dataclass(frozen=True)
@@ -136,7 +145,7 @@ class Args:
     alpha1: float | None = None  # α₁, weight of the entropy of p(z|t) (2, versatility 5, one_hot 0)
     alpha2: float | None = None  # α₂, pay for being told apart (0.2, versatility 0.5, one_hot 0)
     alpha3: float = 0.06  # α₃, weight of the entropy of the policy, at first
-    window: int = 4  # H, steps that the inference network looks back
+    window: int = 4  # w, steps that the inference network looks back
     z_ratio: bool = False  # have p(z|t) / b(z|t) in c, as printed in the paper
     gamma: float = 0.9  # discount factor per step
     total_steps: int | None = None  # environment steps, whole rounds (224,000, transfer 128,000)
@@ -154,8 +163,43 @@ class Args:
     out: str | None = None  # folder to write to (default: see Writes)
     overwrite: bool = False  # redo a finished run
 
+    def __post_init__(self):
+        usual = USUAL[self.experiment] | (USUAL["one_hot"] if self.embedding == "one_hot" else {})
+        for name, value in usual.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # once, before it is frozen
+        require_positive(self, but="alpha1 alpha2 alpha3 window spread")
+        require(self.gamma < 1, "--gamma must be below 1")
+        K, T = len(self.goals), GoalTasks.steps
+        whole = self.num_envs % K == 0 and self.eval_episodes % K == 0
+        require(
+            whole, f"--num-envs and --eval-episodes must be multiples of {K}, the number of tasks"
+        )
+        free = self.z_dim is None or self.embedding != "one_hot"
+        require(free, "--z-dim is the number of tasks with --embedding one_hot")
+        least = self.num_envs * T
+        enough = min(self.total_steps, self.transfer_steps if self.transfers else least) >= least
+        require(enough, f"--total-steps, and --transfer-steps, must be at least {least}")
+        require(T % self.hold == 0, f"--hold must divide {T}")
+        require(self.transfers or not self.library, "--library is for --experiment transfer")
+        kinds = [self.embedding, load_skills(self.library).embedding.kind if self.library else None]
+        bits = self.transfers and "bernoulli" in kinds
+        require(not bits, "--experiment transfer cannot choose bits by degrees")
 
-# --- Networks: each returns a distribution (mlp is in the appendix) --------------------------
+    @property
+    def transfers(self):
+        return self.experiment == "transfer"
+
+    @property
+    def goals(self):  # (K, L, 2), of the tasks to learn skills from
+        return TASKS["library" if self.transfers else self.experiment]
+
+    @property
+    def run_name(self):
+        return f"{self.experiment}_{self.embedding}_s{self.seed}"
+
+
+# --- Networks: each returns a distribution ---------------------------------------------------
 
 
 def gaussian(mean, sd):
@@ -215,7 +259,7 @@ class SkillInference(nn.Module):
         super().__init__()
         self.bits, self.mlp = bits, mlp(size_in, 64, z_dim if bits else 2 * z_dim)
 
-    def forward(self, window):  # (..., (H + 1) D + A) -> a distribution over (..., Z)
+    def forward(self, window):  # (..., (w + 1) D + A) -> a distribution over (..., Z)
         out = self.mlp(window)
         if self.bits:
             return bernoulli(out)
@@ -231,9 +275,24 @@ class SkillCritic(nn.Module):
         self.tasks, self.mlp = tasks, mlp(obs_dim + action_dim + z_dim + tasks, 128, 1)
 
     def forward(self, obs, action, z, task):  # (..., D), (..., A), (..., Z), (...) -> (...)
-        one_hot = F.one_hot(task, self.tasks).expand(*obs.shape[:-1], -1)
+        one_hot = nn.functional.one_hot(task, self.tasks).expand(*obs.shape[:-1], -1)
         inputs = [obs, action.clamp(-1, 1), Z_GAIN * z.expand(*obs.shape[:-1], -1), one_hot]
         return self.mlp(torch.cat(inputs, dim=-1)).squeeze(-1)
+
+
+def mlp(size_in, hidden, size_out):
+    """A multilayer perceptron of three layers."""
+    layers = [nn.Linear(size_in, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
+    return orthogonal_(nn.Sequential(*layers, nn.Linear(hidden, size_out)))
+
+
+def orthogonal_(module):
+    """Orthogonal weights and zero biases, so that no signal vanishes on its way."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.orthogonal_(layer.weight, math.sqrt(2))
+            nn.init.zeros_(layer.bias)
+    return module
 
 
 class SkillLearner(nn.Module):
@@ -249,47 +308,72 @@ class SkillLearner(nn.Module):
         self.critic = SkillCritic(obs_dim, action_dim, z_dim, tasks)
 
 
-# --- The algorithm: pure functions of tensors ------------------------------------------------
+class SkillAgent:
+    """The networks, the critic's slow copy, and three optimisers."""
+
+    def __init__(self, learner, args):
+        self.learner = learner
+        self.critic_target = copy.deepcopy(learner.critic).requires_grad_(False)
+        acting = [*learner.policy.parameters(), *learner.embedding.parameters()]
+        groups = acting, learner.critic.parameters(), learner.inference.parameters()
+        made = [torch.optim.Adam(group, lr=args.learning_rate, fused=True) for group in groups]
+        self.optimizers = self.actor_optimizer, self.critic_optimizer, self.inference_optimizer = (
+            made
+        )
+
+
+# --- Losses: pure functions of tensors -------------------------------------------------------
 
 
 def skill_reward(reward, log_q, entropy, alpha2, alpha3):
-    """r̂ = r + α₂ log q(z|a, s …) + α₃ H[π(·|s,z)], eq. (1). All (B, T) -> (B, T).
-    log q is cut off at ±3: one step that looks like another skill must not outweigh the task."""
+    """r̂ = r + α₂ log q(z|a, s …) + α₃ H[π(·|s,z)], eq. (1), log q cut off. All (B, T) -> (B, T)."""
     assert reward.shape == log_q.shape == entropy.shape
-    return reward + alpha2 * log_q.clamp(-3, 3) + alpha3 * entropy
+    return reward + alpha2 * log_q.clamp(-LOG_Q_CLIP, LOG_Q_CLIP) + alpha3 * entropy
 
 
-def retrace_targets(reward, terminated, value, q, log_ratio, gamma):
-    """Gⱼ = r̂ⱼ + γ [Vⱼ₊₁ + cⱼ₊₁ (Gⱼ₊₁ − Q̄ⱼ₊₁)],   c = min(1, exp(log_ratio)), eq. (3).
+def retrace_targets(reward, terminated, value, action_value, log_ratio, gamma):
+    """Gⱼ = r̂ⱼ + γ [Vⱼ₊₁ + cⱼ₊₁ (Gⱼ₊₁ − Q̄ⱼ₊₁)],   c = min(1, exp(log_ratio)), eq. (2).
 
-    reward, terminated, q, log_ratio (B, T), value (B, T + 1) -> (B, T); called without gradient.
+    reward, terminated, action_value (Q̄), log_ratio (B, T), value (V) (B, T + 1) -> (B, T); called
+    without gradient.
     The last step bootstraps with V alone, and nothing is worth anything after `terminated`."""
-    assert reward.shape == terminated.shape == q.shape == log_ratio.shape
+    assert reward.shape == terminated.shape == action_value.shape == log_ratio.shape
     assert value.shape == (len(reward), reward.shape[1] + 1)
     trace, going_on = log_ratio.exp().clamp(max=1), gamma * (1 - terminated)
     one_step = reward + going_on * value[:, 1:]
     targets = [one_step[:, -1]]
     for j in reversed(range(reward.shape[1] - 1)):
-        correction = trace[:, j + 1] * (targets[-1] - q[:, j + 1])
+        correction = trace[:, j + 1] * (targets[-1] - action_value[:, j + 1])
         targets.append(one_step[:, j] + going_on[:, j] * correction)
     return torch.stack(targets[::-1], dim=1)
 
 
-def actor_loss(q, mean, policy_entropy, embedding_entropy, alpha1, alpha3):
-    """−E[Q + α₃ H[π]] − α₁ E_t H[p(z|t)], eq. (5), and 0.03 E‖mean‖²: beyond the bounds of an
+def skill_critic_loss(action_value, target):
+    """E[(Q(s,a;z,t) − G)²], eq. (3). Both (B, T) -> scalar."""
+    assert action_value.shape == target.shape
+    return (action_value - target).square().mean()
+
+
+def skill_actor_loss(action_value, mean, policy_entropy, embedding_entropy, alpha1, alpha3):
+    """−E[Q + α₃ H[π]] − α₁ E_t H[p(z|t)], eq. (4), and 0.03 E‖mean‖²: beyond the bounds of an
     action, where Q is flat, nothing else would ever bring the mean back.
 
-    q, policy_entropy, embedding_entropy (B, T), mean (B, T, A) -> scalar."""
-    assert q.shape == policy_entropy.shape == embedding_entropy.shape == mean.shape[:-1]
-    objective = q + alpha3 * policy_entropy + alpha1 * embedding_entropy
+    action_value, policy_entropy, embedding_entropy (B, T), mean (B, T, A) -> scalar."""
+    assert action_value.shape == policy_entropy.shape == embedding_entropy.shape == mean.shape[:-1]
+    objective = action_value + alpha3 * policy_entropy + alpha1 * embedding_entropy
     return (EFFORT * mean.square().sum(-1) - objective).mean()
 
 
+def inference_loss(log_q):
+    """−E[log q(z|a, s …)], eq. (5), of the z that was acted on. (B, T) -> scalar."""
+    return -log_q.mean()
+
+
 def windows(obs, actions, steps):
-    """What q sees at step i: aᵢ and sᵢ₋ₕ … sᵢ; the first state stands in for those before it.
-    obs (B, T + 1, D), actions (B, T, A) -> (B, T, (H + 1) D + A)."""
+    """What q sees at step i: aᵢ and sᵢ₋w … sᵢ; the first state stands in for those before it.
+    obs (B, T + 1, D), actions (B, T, A) -> (B, T, (w + 1) D + A)."""
     T = actions.shape[1]
-    at = torch.arange(T)[:, None] + torch.arange(-steps, 1)  # (T, H + 1)
+    at = torch.arange(T)[:, None] + torch.arange(-steps, 1)  # (T, w + 1)
     return torch.cat([obs[:, at.clamp(min=0)].flatten(2), actions], dim=-1)
 
 
@@ -300,27 +384,126 @@ def straight_through(distribution):
     return distribution.sample() + (distribution.mean - distribution.mean.detach())
 
 
-def identified(log_q):
-    """Share of episodes whose own z is the likeliest of all: log_q (M, M), row i the episode,
-    column j the candidate. By chance 1/M."""
-    return (log_q.argmax(1) == torch.arange(len(log_q), device=log_q.device)).float().mean().item()
-
-
-def divergences(embedding):
-    """KL(p(z|i) ‖ p(z|j)) of all tasks i, j: a distribution of shape (K, Z) -> (K, K)."""
-    parts = (embedding.base_dist.mean, embedding.base_dist.stddev)
-    p = gaussian(*(x[:, None] for x in parts))
-    return kl_divergence(p.expand((len(parts[0]),) * 2), embedding.expand((len(parts[0]),) * 2))
-
-
 def polyak_(slow, fast, tau):
-    """φ̄ ← φ̄ + τ (φ − φ̄), in place: the target network follows."""
+    """φ̄ ← φ̄ + τ (φ − φ̄), in place: the slow copy follows."""
     with torch.no_grad():
         for target, source in zip(slow.parameters(), fast.parameters()):
             target.lerp_(source, tau)
 
 
-# --- Data (GoalTasks is in the appendix) -----------------------------------------------------
+# --- Updates: one gradient step each, on a batch of whole episodes (see `roll_out`) -----------
+
+
+def update_inference(agent, batch, args):
+    """One step of q on (5): name the skill that was seen. Returns log q (B, T) without gradient."""
+    seen = windows(batch["obs"], batch["action"], args.window)
+    log_q = agent.learner.inference(seen).log_prob(batch["z"][:, None])
+    loss = inference_loss(log_q)
+    if batch["z"].shape[-1]:  # without a z there is nothing to name
+        agent.inference_optimizer.zero_grad()
+        loss.backward()
+        agent.inference_optimizer.step()
+    return log_q.detach()
+
+
+def update_skill_critic(agent, batch, log_q, alpha2, alpha3, gamma, args):
+    """One step of the critic on (3): what the present policy would earn, from what others did.
+    Rewards (1) are made anew, with the present log q; V and Q̄ are those of the slow copy."""
+    learner, obs, action = agent.learner, batch["obs"], batch["action"]
+    before, z, t = (
+        obs[:, :-1],
+        batch["z"][:, None],
+        batch["task"][:, None],
+    )  # the same at every step
+    with torch.no_grad():
+        pi = learner.policy(obs, z)
+        now = gaussian(pi.mean[:, :-1], pi.stddev[:, :-1])
+        log_ratio = now.log_prob(action) - batch["log_b"]
+        if args.z_ratio:
+            log_ratio += learner.embedding(t).log_prob(z) - batch["log_b_z"][:, None]
+        r_hat = skill_reward(batch["reward"], log_q, now.entropy(), alpha2, alpha3)
+        value = agent.critic_target(obs, pi.sample(), z, t)
+        q_bar = agent.critic_target(before, action, z, t)
+        target = retrace_targets(r_hat, batch["terminated"], value, q_bar, log_ratio, gamma)
+    loss = skill_critic_loss(learner.critic(before, action, z, t), target)
+    agent.critic_optimizer.zero_grad()
+    loss.backward()
+    agent.critic_optimizer.step()
+    polyak_(agent.critic_target, learner.critic, TAU)
+    return {"critic_loss": loss.detach()}
+
+
+def update_skill_actor(agent, batch, alpha3, args):
+    """One step of policy and embedding on (4): old states, but another skill for every one."""
+    learner, before = agent.learner, batch["obs"][:, :-1]
+    t = batch["task"][:, None].expand(before.shape[:-1])
+    p = learner.embedding(t)
+    z = straight_through(p)
+    pi = learner.policy(before, z)
+    action_value = learner.critic(before, pi.rsample(), z, t)
+    entropies = pi.entropy(), p.entropy()
+    loss = skill_actor_loss(action_value, pi.mean, *entropies, args.alpha1, alpha3)
+    agent.actor_optimizer.zero_grad()
+    loss.backward()
+    agent.actor_optimizer.step()
+    return {"entropy_z": entropies[1].detach().mean()}
+
+
+# --- Data ------------------------------------------------------------------------------------
+
+
+class GoalTasks:
+    """Tasks for the agent alone; for tasks of your own, write a class with the same methods. It
+    starts near the centre and sees only itself: only z can tell it which goal to go for. A task
+    (N,) is paid exp(−d²/(2·0.15²)), d the distance to the nearest of its goals. With `in_order` its
+    goals are to be visited one after the other, being within 0.1 of the last pays 1, nothing else
+    pays, and the observation ends with a one-hot of the next goal. Either way it is solved if the
+    episode's last five steps are within 0.1 of the (last) goal."""
+
+    action_dim, steps, hold = 2, 40, 1  # A, T, steps of an action
+
+    def __init__(self, num_envs, goals, in_order=False):  # goals (K, L, 2)
+        self.num_envs, self.goals, self.in_order = num_envs, goals, in_order
+        self.num_tasks, self.num_goals = goals.shape[:2]
+        self.obs_dim = 4 + (self.num_goals if in_order else 0)
+        horizon = self.steps + 1  # so that the last state stays to be looked at
+        options = {"task": "reach", "observation": "state", "horizon": horizon}
+        self.env = sprites_env.SpritesVectorEnv(num_envs, **options)
+
+    def reset(self, rng, task):
+        states = np.zeros((self.num_envs, 2, 4))
+        states[..., :2] = 0.5
+        states[:, AGENT, :2] += rng.uniform(-0.05, 0.05, (self.num_envs, 2))
+        self.env.reset(options={"state": states})
+        self.task, self.near = task, np.zeros(self.num_envs, int)  # near: for so many steps now
+        self.next_goal = np.zeros(self.num_envs, int)
+        self.path = [states[:, AGENT, :2]]  # where they went, for pictures
+        return self.observe()
+
+    def observe(self):
+        state = (self.env.states[:, AGENT] - (0.5, 0.5, 0, 0)) / (0.25, 0.25, 0.05, 0.05)
+        next_goal = np.eye(self.num_goals)[self.next_goal]
+        return np.concatenate([state, next_goal], axis=1, dtype=np.float32)[:, : self.obs_dim]
+
+    def step(self, action):  # (N, A) -> observations (N, D), rewards (N,), terminated (N,)
+        _, _, terminated, _, _ = self.env.step(action)
+        position = self.env.states[:, AGENT, :2].copy()
+        self.path.append(position)
+        distance = np.linalg.norm(position[:, None] - self.goals[self.task], axis=-1)  # (N, L)
+        if self.in_order:
+            here = distance[np.arange(self.num_envs), self.next_goal] < NEAR
+            last = self.next_goal == self.num_goals - 1
+            near, self.next_goal = here & last, self.next_goal + (here & ~last)
+            reward = near.astype(float)
+        else:
+            self.nearest, distance = distance.argmin(1), distance.min(1)
+            near, reward = distance < NEAR, np.exp(-(distance**2) / (2 * REWARD_WIDTH**2))
+        self.near = np.where(near, self.near + 1, 0)
+        return self.observe(), reward, terminated
+
+    @property
+    def solved(self):  # (N,) bool
+        return self.near >= HELD_STEPS
 
 
 class SkillTasks:
@@ -385,255 +568,20 @@ class TrajectoryReplay:
         return {name: column[rows] for name, column in self.columns.items()}
 
 
-# --- Training --------------------------------------------------------------------------------
+# --- Measures --------------------------------------------------------------------------------
 
 
-def learn(tasks, learner, total_steps, reports, args, rng, device):
-    """Learn tasks: skills, if they have a z, or by choosing among skills, if actions are those.
-
-    A generator: about `reports` times on the way it yields the steps so far, and losses."""
-    N, hold = tasks.num_envs, tasks.hold
-    rounds, gamma = total_steps // (N * tasks.steps * hold), args.gamma**hold
-    critic_target = copy.deepcopy(learner.critic).requires_grad_(False)
-    actor = [*learner.policy.parameters(), *learner.embedding.parameters()]
-    groups = actor, learner.critic.parameters(), learner.inference.parameters()
-    optimizers = [torch.optim.Adam(group, lr=args.learning_rate, fused=True) for group in groups]
-    actor_optimizer, critic_optimizer, inference_optimizer = optimizers
-    replay = TrajectoryReplay(room=2000)
-    task = torch.arange(N, device=device) % tasks.num_tasks
-
-    for rounds_so_far in range(1, rounds + 1):
-        # act and store: one skill for a whole episode
-        with torch.no_grad():
-            p = learner.embedding(task)
-            z = p.sample()
-            log_b_z = p.log_prob(z)
-        episodes = roll_out(tasks, learner.policy, rng, task, z)
-        replay.add(episodes | {"log_b_z": log_b_z})
-
-        # learn
-        left = min(1, 2 - 2 * (rounds_so_far - 1) / rounds)  # 1 for a while, then falling to 0
-        alpha2, alpha3 = args.alpha2 * (1 + 3 * left) / 4, args.alpha3 * left
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = args.learning_rate * left
-        for _ in range(args.updates):
-            batch = replay.sample(rng, args.batch_size)
-            obs, action, before = batch["obs"], batch["action"], batch["obs"][:, :-1]
-            z, t = batch["z"][:, None], batch["task"][:, None]  # the same at every step
-
-            # inference, eq. (6): name the skill that was seen
-            log_q = learner.inference(windows(obs, action, args.window)).log_prob(z)
-            inference_loss = -log_q.mean()
-            if z.shape[-1]:
-                inference_optimizer.zero_grad()
-                inference_loss.backward()
-                inference_optimizer.step()
-
-            # critic, eq. (4): what the present policy would earn, from what others did
-            with torch.no_grad():
-                pi = learner.policy(obs, z)
-                now = gaussian(pi.mean[:, :-1], pi.stddev[:, :-1])
-                log_ratio = now.log_prob(action) - batch["log_b"]
-                if args.z_ratio:
-                    log_ratio += learner.embedding(t).log_prob(z) - batch["log_b_z"][:, None]
-                r_hat = skill_reward(batch["reward"], log_q, now.entropy(), alpha2, alpha3)
-                value = critic_target(obs, pi.sample(), z, t)
-                q_bar = critic_target(before, action, z, t)
-                terminated = batch["terminated"]
-                target = retrace_targets(r_hat, terminated, value, q_bar, log_ratio, gamma)
-            critic_loss = F.mse_loss(learner.critic(before, action, z, t), target)
-            critic_optimizer.zero_grad()
-            critic_loss.backward()
-            critic_optimizer.step()
-            polyak_(critic_target, learner.critic, TAU)
-
-            # policy and embedding, eq. (5): another skill for every step, the states are old ones
-            t = t.expand(before.shape[:-1])
-            p = learner.embedding(t)
-            z_new = straight_through(p)
-            pi = learner.policy(before, z_new)
-            q = learner.critic(before, pi.rsample(), z_new, t)
-            entropies = pi.entropy(), p.entropy()
-            loss = actor_loss(q, pi.mean, *entropies, args.alpha1, alpha3)
-            actor_optimizer.zero_grad()
-            loss.backward()
-            actor_optimizer.step()
-
-        if rounds_so_far % max(1, rounds // reports) == 0 or rounds_so_far == rounds:
-            losses = {"critic_loss": critic_loss.item(), "log_q": -inference_loss.item()}
-            losses["entropy_z"] = p.entropy().mean().item()
-            yield rounds_so_far * N * tasks.steps * hold, losses
+def identified(log_q):
+    """Share of episodes whose own z is the likeliest of all: log_q (M, M), row i the episode,
+    column j the candidate. By chance 1/M."""
+    return (log_q.argmax(1) == torch.arange(len(log_q), device=log_q.device)).float().mean().item()
 
 
-def train(args):
-    """One run of an experiment; returns the content of summary.json."""
-    usual = USUAL[args.experiment] | (USUAL["one_hot"] if args.embedding == "one_hot" else {})
-    args = replace(args, **{k: v for k, v in usual.items() if getattr(args, k) is None})
-    check(args, "gamma total_steps num_envs updates batch_size learning_rate eval_episodes")
-    check(args, "z_sd hold transfer_steps")
-    transfers, N, T = args.experiment == "transfer", args.num_envs, GoalTasks.steps
-    K = len(TASKS["library" if transfers else args.experiment])
-    rules = {
-        "--alpha1, --alpha2, --alpha3, --window and --spread must be 0 or more":
-            min(args.alpha1, args.alpha2, args.alpha3, args.window, args.spread) >= 0,
-        "--gamma must be below 1": args.gamma < 1,
-        f"--num-envs and --eval-episodes must be multiples of {K}, the number of tasks":
-            N % K == 0 and args.eval_episodes % K == 0,
-        "--z-dim must be positive, and is K with --embedding one_hot":
-            args.z_dim is None or (args.z_dim > 0 and args.embedding != "one_hot"),
-        f"--total-steps, and --transfer-steps, must be at least {N * T}, a round of episodes":
-            min(args.total_steps, args.transfer_steps if transfers else N * T) >= N * T,
-        f"--hold must divide {T}": T % args.hold == 0,
-        "--library is for --experiment transfer": transfers or not args.library,
-    }  # fmt: skip
-    for rule, holds in rules.items():
-        if not holds:
-            raise SystemExit(f"error: {rule}")
-    device = prepare(args)
-    library = load_skills(args.library, device) if args.library else None  # or nothing is touched
-    if transfers and "bernoulli" in (args.embedding, library and library.embedding.kind):
-        raise SystemExit("error: --experiment transfer cannot choose bits by degrees")
-    out = open_run(args, f"{args.experiment}_{args.embedding}_s{args.seed}", device)
-    if transfers:
-        return train_transfer(args, library, out, device)
-
-    tasks, eval_tasks = (GoalTasks(n, TASKS[args.experiment]) for n in (N, args.eval_episodes))
-    rng = np.random.default_rng(args.seed)
-    z_dim = K if args.embedding == "one_hot" else args.z_dim or 2
-    sizes = {"tasks": K, "z_dim": z_dim, "embedding": args.embedding}
-    sizes |= {"obs_dim": tasks.obs_dim, "action_dim": tasks.action_dim, "window": args.window}
-    sizes |= {"spread": args.spread, "z_sd": args.z_sd}
-    learner = SkillLearner(**sizes).to(device)
-    log = Log(out, args.total_steps // (N * T) * N * T)
-    for step, losses in learn(tasks, learner, args.total_steps, 20, args, rng, device):
-        metrics, episodes = evaluate_skills(eval_tasks, learner, args.window)
-        log.report(step, **metrics, **losses)
-        saved = {"sizes": sizes, "networks": learner.state_dict(), "step": step}
-        write_whole(out / "checkpoint.pt", lambda t, saved=saved: torch.save(saved, t))
-
-    summary = metrics | {"eval_episodes": args.eval_episodes}
-    divergence = tuple(name for name in metrics if name.startswith("kl_1_"))
-    if args.experiment == "generality" and divergence:
-        summary["kl_duplicate"] = metrics["kl_1_3"]
-        summary["kl_others"] = min(metrics["kl_1_2"], metrics["kl_1_4"])
-    panels = [("share of episodes", ("success_rate", "identifiability_top1"))]
-    panels += [("KL(task 1 ‖ task t), nats", divergence)] if divergence else []
-    plot_curve(out / "curve.png", log.rows, panels, "environment steps")
-    plot_skills(out / "skills.png", eval_tasks, learner, episodes["z"])
-    save_gif(out / "rollout.gif", draw_film(eval_tasks))
-    return write_summary(out, summary, log)
-
-
-def train_transfer(args, library, out, device):
-    """Freeze a library of skills; learn each new task by choosing among them, and from scratch."""
-    if library is None:
-        train(replace(args, experiment="library", out=str(out / "library"), overwrite=True))
-        library = load_skills(out / "library" / "checkpoint.pt", device)
-    skills = library.policy.requires_grad_(False)
-    K, z_dim = library.embedding.place.shape
-
-    def make_tasks(num_envs, name, how):
-        tasks = GoalTasks(num_envs, NEW_TASKS[name], in_order=True)
-        return tasks if how == "scratch" else SkillTasks(tasks, skills, z_dim, args.hold)
-
-    def any_skill(obs, z):
-        p = library.embedding(torch.randint(K, (len(obs),), device=device))
-        return gaussian(p.mean / Z_RANGE, p.stddev / Z_RANGE)
-
-    counts, names, runs, summary = (args.num_envs, args.eval_episodes), [], [], {}
-    for name in NEW_TASKS:
-        for how in ("skills", "scratch"):
-            tasks, held_out = (make_tasks(n, name, how) for n in counts)
-            sizes = {"tasks": 1, "z_dim": 0, "embedding": "gaussian", "window": args.window}
-            sizes |= {"obs_dim": tasks.obs_dim, "action_dim": tasks.action_dim}
-            sizes |= {"spread": 0, "z_sd": 1}
-            learner, rng = SkillLearner(**sizes).to(device), np.random.default_rng(args.seed)
-            progress = learn(tasks, learner, args.transfer_steps, 100, args, rng, device)
-            names.append(f"{how}_{name}")
-            runs.append((held_out, learner, progress))
-        held_out = make_tasks(args.eval_episodes, name, "skills")
-        rng, task = np.random.default_rng(10**9), torch.zeros(args.eval_episodes, dtype=torch.long)
-        with torch.random.fork_rng():
-            torch.manual_seed(10**9)
-            roll_out(held_out, any_skill, rng, task, torch.zeros(len(task), 0, device=device))
-        summary[f"success_random_{name}"] = held_out.solved.mean()
-
-    T = GoalTasks.steps
-    log = Log(out, args.transfer_steps // (args.num_envs * T) * args.num_envs * T)
-    for reports in zip(*(progress for _, _, progress in runs)):  # all four learn side by side
-        found = [evaluate_skills(tasks, learner, args.window) for tasks, learner, _ in runs]
-        rates = [metrics["success_rate"] for metrics, _ in found]
-        log.report(reports[0][0], **dict(zip(names, rates)))
-
-    summary |= {f"success_{name}": log.rows[-1][name] for name in names}
-    summary["transfer_steps_ratio"] = {}
-    for name in NEW_TASKS:
-        ours, theirs, ratio = steps_to_solve(log.rows, name)
-        summary |= {f"steps_skills_{name}": ours, f"steps_scratch_{name}": theirs}
-        summary["transfer_steps_ratio"][name] = ratio
-    saved = {name: learner.state_dict() for name, (_, learner, _) in zip(names, runs)}
-    write_whole(out / "checkpoint.pt", lambda t: torch.save(saved | {"step": log.total}, t))
-    panels = [(f"success rate, {n}", (f"skills_{n}", f"scratch_{n}")) for n in NEW_TASKS]
-    plot_curve(out / "curve.png", log.rows, panels, "environment steps of the new task")
-    films = [draw_film(runs[i][0]) for i in (0, 2)]
-    save_gif(out / "rollout.gif", [left[:2] + right[:2] for left, right in zip(*films)])
-    return write_summary(out, summary, log)
-
-
-# --- Appendix: tasks, measures, pictures, shared networks, run folder, log -----------------------
-
-
-class GoalTasks:
-    """Tasks for the agent alone. It starts near the centre and sees only itself: only z can tell it
-    which goal to go for. A task (N,) is paid exp(−d²/(2·0.15²)), d the distance to the nearest of
-    its goals. With `in_order` its goals are to be visited one after the other, being within 0.1 of
-    the last pays 1, nothing else pays, and the observation ends with a one-hot of the next goal.
-    Either way it is solved if the episode's last five steps are within 0.1 of the (last) goal."""
-
-    action_dim, steps, hold = 2, 40, 1  # A, T, steps of an action
-
-    def __init__(self, num_envs, goals, in_order=False):  # goals (K, G, 2)
-        self.num_envs, self.goals, self.in_order = num_envs, goals, in_order
-        self.num_tasks, self.num_goals = goals.shape[:2]
-        self.obs_dim = 4 + (self.num_goals if in_order else 0)
-        horizon = self.steps + 1  # so that the last state stays to be looked at
-        options = {"task": "reach", "observation": "state", "horizon": horizon}
-        self.env = sprites_env.SpritesVectorEnv(num_envs, **options)
-
-    def reset(self, rng, task):
-        states = np.zeros((self.num_envs, 2, 4))
-        states[..., :2] = 0.5
-        states[:, AGENT, :2] += rng.uniform(-0.05, 0.05, (self.num_envs, 2))
-        self.env.reset(options={"state": states})
-        self.task, self.near = task, np.zeros(self.num_envs, int)  # near: for so many steps now
-        self.next_goal = np.zeros(self.num_envs, int)
-        self.path = [states[:, AGENT, :2]]  # where they went, for pictures
-        return self.observe()
-
-    def observe(self):
-        state = (self.env.states[:, AGENT] - (0.5, 0.5, 0, 0)) / (0.25, 0.25, 0.05, 0.05)
-        next_goal = np.eye(self.num_goals)[self.next_goal]
-        return np.concatenate([state, next_goal], axis=1, dtype=np.float32)[:, : self.obs_dim]
-
-    def step(self, action):  # (N, A) -> observations (N, D), rewards (N,), terminated (N,)
-        _, _, terminated, _, _ = self.env.step(action)
-        position = self.env.states[:, AGENT, :2].copy()
-        self.path.append(position)
-        distance = np.linalg.norm(position[:, None] - self.goals[self.task], axis=-1)  # (N, G)
-        if self.in_order:
-            here = distance[np.arange(self.num_envs), self.next_goal] < 0.1
-            last = self.next_goal == self.num_goals - 1
-            near, self.next_goal = here & last, self.next_goal + (here & ~last)
-            reward = near.astype(float)
-        else:
-            self.nearest, distance = distance.argmin(1), distance.min(1)
-            near, reward = distance < 0.1, np.exp(-(distance**2) / (2 * 0.15**2))
-        self.near = np.where(near, self.near + 1, 0)
-        return self.observe(), reward, terminated
-
-    @property
-    def solved(self):  # (N,) bool
-        return self.near >= 5
+def divergences(embedding):
+    """KL(p(z|i) ‖ p(z|j)) of all tasks i, j: a distribution of shape (K, Z) -> (K, K)."""
+    parts = (embedding.base_dist.mean, embedding.base_dist.stddev)
+    p = gaussian(*(x[:, None] for x in parts))
+    return kl_divergence(p.expand((len(parts[0]),) * 2), embedding.expand((len(parts[0]),) * 2))
 
 
 def steps_to_solve(rows, name):
@@ -668,14 +616,14 @@ def evaluate_skills(tasks, learner, window):
         top1 = []
         for rows in torch.arange(len(z) // 64 * 64 or len(z)).split(64):
             seen = windows(episodes["obs"][rows], episodes["action"][rows], window)
-            q = learner.inference(seen[:, :, None])  # (M, T, 1), against M candidates
-            top1.append(identified(q.log_prob(z[rows]).mean(1)))
+            guess = learner.inference(seen[:, :, None])  # (M, T, 1), against M candidates
+            top1.append(identified(guess.log_prob(z[rows]).mean(1)))
         metrics["identifiability_top1"] = np.mean(top1)
     if tasks.num_goals > 1 and not tasks.in_order:
-        share = np.bincount(tasks.nearest[solved], minlength=tasks.num_goals) / len(z)
-        metrics["solutions_found"] = (share >= 0.05).sum()
-        share = share[share > 0] / share.sum()
-        metrics["goal_entropy_bits"] = -(share * np.log2(share)).sum()
+        shares = np.bincount(tasks.nearest[solved], minlength=tasks.num_goals) / len(z)
+        metrics["solutions_found"] = (shares >= 0.05).sum()
+        p = shares[shares > 0] / shares.sum()
+        metrics["goal_entropy_bits"] = -(p * np.log2(p)).sum()
     if learner.embedding.kind == "gaussian" and K > 1:
         kl = divergences(learner.embedding(torch.arange(K, device=device)))
         metrics |= {f"kl_1_{k + 1}": kl[0, k].item() for k in range(1, K)}
@@ -684,20 +632,165 @@ def evaluate_skills(tasks, learner, window):
     return metrics, episodes
 
 
-def load_skills(path, device):
+# --- Training --------------------------------------------------------------------------------
+
+
+def learn(tasks, learner, total_steps, reports, args, rng, device):
+    """Learn tasks: skills, if they have a z, or by choosing among skills, if actions are those.
+
+    A generator: about `reports` times on the way it yields the steps so far, and metrics."""
+    N, hold = tasks.num_envs, tasks.hold
+    rounds, gamma = total_steps // (N * tasks.steps * hold), args.gamma**hold
+    agent, replay = SkillAgent(learner, args), TrajectoryReplay(room=REPLAY_EPISODES)
+    task = torch.arange(N, device=device) % tasks.num_tasks
+
+    for rounds_so_far in range(1, rounds + 1):
+        # act and store: one skill for a whole episode
+        with torch.no_grad():
+            p = learner.embedding(task)
+            z = p.sample()
+            log_b_z = p.log_prob(z)
+        episodes = roll_out(tasks, learner.policy, rng, task, z)
+        replay.add(episodes | {"log_b_z": log_b_z})
+
+        # learn
+        left = min(1, 2 - 2 * (rounds_so_far - 1) / rounds)  # 1 for a while, then falling to 0
+        alpha2, alpha3 = args.alpha2 * (1 + 3 * left) / 4, args.alpha3 * left
+        for optimizer in agent.optimizers:
+            optimizer.param_groups[0]["lr"] = args.learning_rate * left
+        for _ in range(args.updates):
+            batch = replay.sample(rng, args.batch_size)
+            log_q = update_inference(agent, batch, args)
+            metrics = update_skill_critic(agent, batch, log_q, alpha2, alpha3, gamma, args)
+            metrics |= update_skill_actor(agent, batch, alpha3, args) | {"log_q": log_q.mean()}
+
+        # report
+        if rounds_so_far % max(1, rounds // reports) == 0 or rounds_so_far == rounds:
+            metrics = {name: value.item() for name, value in metrics.items()}
+            yield rounds_so_far * N * tasks.steps * hold, metrics
+
+
+def train(args):
+    """One run of an experiment; returns the content of summary.json."""
+    if args.transfers:
+        return train_transfer(args)
+    N, K = args.num_envs, len(args.goals)
+    round_steps = N * GoalTasks.steps
+    run = Run(args, total=args.total_steps // round_steps * round_steps)
+    device = run.device
+    tasks, eval_tasks = (GoalTasks(n, args.goals) for n in (N, args.eval_episodes))
+    rng = np.random.default_rng(args.seed)
+    z_dim = K if args.embedding == "one_hot" else args.z_dim or 2
+    sizes = {"tasks": K, "z_dim": z_dim, "embedding": args.embedding}
+    sizes |= {"obs_dim": tasks.obs_dim, "action_dim": tasks.action_dim, "window": args.window}
+    sizes |= {"spread": args.spread, "z_sd": args.z_sd}
+    learner = SkillLearner(**sizes).to(device)
+    for step, learnt in learn(tasks, learner, args.total_steps, 20, args, rng, device):
+        metrics, episodes = evaluate_skills(eval_tasks, learner, args.window)
+        run.report(step, **metrics, **learnt)
+        saved = {"sizes": sizes, "networks": learner.state_dict(), "step": step}
+        run.save("checkpoint.pt", saved)
+
+    run.save("skills.png", draw_skills(eval_tasks, learner, episodes["z"]))
+    run.save("rollout.gif", draw_film(eval_tasks))
+    summary = metrics | {"eval_episodes": args.eval_episodes}
+    divergence = tuple(name for name in metrics if name.startswith("kl_1_"))
+    if args.experiment == "generality" and divergence:
+        summary["kl_duplicate"] = metrics["kl_1_3"]
+        summary["kl_others"] = min(metrics["kl_1_2"], metrics["kl_1_4"])
+    panels = [("share of episodes", ("success_rate", "identifiability_top1"))]
+    panels += [("KL(task 1 ‖ task t), nats", divergence)] if divergence else []
+    return run.finish(summary, panels, "environment steps")
+
+
+def train_transfer(args):
+    """Freeze a library of skills; learn each new task by choosing among them, and from scratch."""
+    round_steps = args.num_envs * GoalTasks.steps
+    run = Run(args, total=args.transfer_steps // round_steps * round_steps)
+    device = run.device
+    if not args.library:
+        folder = run.folder / "library"
+        train(replace(args, experiment="library", out=str(folder), overwrite=True))
+    library = load_skills(args.library or folder / "checkpoint.pt").to(device)
+    skills = library.policy.requires_grad_(False)
+    K, z_dim = library.embedding.place.shape
+
+    def make_tasks(num_envs, name, how):
+        tasks = GoalTasks(num_envs, NEW_TASKS[name], in_order=True)
+        return tasks if how == "scratch" else SkillTasks(tasks, skills, z_dim, args.hold)
+
+    def any_skill(obs, z):
+        p = library.embedding(torch.randint(K, (len(obs),), device=device))
+        return gaussian(p.mean / Z_RANGE, p.stddev / Z_RANGE)
+
+    def learn_new_task(name, how):
+        """Yields the steps so far, success on held-out episodes, the learner and these episodes."""
+        tasks, held_out = (make_tasks(n, name, how) for n in (args.num_envs, args.eval_episodes))
+        sizes = {"obs_dim": tasks.obs_dim, "action_dim": tasks.action_dim, "tasks": 1, "z_dim": 0}
+        sizes |= {"embedding": "gaussian", "window": args.window, "spread": 0, "z_sd": 1}
+        learner, rng = SkillLearner(**sizes).to(device), np.random.default_rng(args.seed)
+        for step, _ in learn(tasks, learner, args.transfer_steps, 100, args, rng, device):
+            metrics, _ = evaluate_skills(held_out, learner, args.window)
+            yield step, metrics["success_rate"], learner, held_out
+
+    names = [(how, name) for name in NEW_TASKS for how in ("skills", "scratch")]
+    runs = [own_stream(learn_new_task(name, how), args.seed) for how, name in names]
+    names = [f"{how}_{name}" for how, name in names]
+    for reports in zip(*runs):  # all four learn side by side
+        steps, rates, learners, held_out = zip(*reports)
+        run.report(steps[0], **dict(zip(names, rates)))
+
+    saved = {name: learner.state_dict() for name, learner in zip(names, learners)}
+    run.save("checkpoint.pt", saved | {"step": run.total})
+    films = [draw_film(held_out[i]) for i in (0, 2)]
+    run.save("rollout.gif", [left[:2] + right[:2] for left, right in zip(*films)])
+    summary = {f"success_{name}": run.rows[-1][name] for name in names}
+    summary["transfer_steps_ratio"] = {}
+    for name in NEW_TASKS:
+        tasks, rng = make_tasks(args.eval_episodes, name, "skills"), np.random.default_rng(10**9)
+        task = torch.zeros(args.eval_episodes, dtype=torch.long)
+        with torch.random.fork_rng():
+            torch.manual_seed(10**9)
+            roll_out(tasks, any_skill, rng, task, torch.zeros(len(task), 0, device=device))
+        summary[f"success_random_{name}"] = tasks.solved.mean()
+        ours, theirs, ratio = steps_to_solve(run.rows, name)
+        summary |= {f"steps_skills_{name}": ours, f"steps_scratch_{name}": theirs}
+        summary["transfer_steps_ratio"][name] = ratio
+    panels = [(f"success rate, {n}", (f"skills_{n}", f"scratch_{n}")) for n in NEW_TASKS]
+    return run.finish(summary, panels, "environment steps of the new task")
+
+
+def own_stream(generator, seed):
+    """What a generator yields, with a stream of torch's random numbers of its own."""
+    state = torch.Generator().manual_seed(seed).get_state()
+    while True:
+        with torch.random.fork_rng():
+            torch.set_rng_state(state)
+            item = next(generator, None)
+            state = torch.get_rng_state()
+        if item is None:
+            return
+        yield item
+
+
+# --- Appendix: pictures, the run's folder, checks --------------------------------------------
+
+
+def load_skills(path):
     """The SkillLearner of a checkpoint, as `train` saved it."""
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-        learner = SkillLearner(**saved["sizes"]).to(device)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        learner = SkillLearner(**saved["sizes"])
         learner.load_state_dict(saved["networks"])
     except Exception as error:  # whatever a file that is something else may hold
-        raise SystemExit(f"error: {path} is no checkpoint of skills: {error}") from None
+        reason = " ".join(str(error).split())[:100]
+        raise SystemExit(f"error: {path} is no checkpoint of skills: {reason}") from None
     return learner
 
 
 def draw_film(tasks):
-    """Four last episodes of `tasks`, for save_gif: the agent, and the goals that it cannot see."""
-    goals = tasks.goals[tasks.task[:4]]  # (4, G, 2)
+    """Four last episodes of `tasks`, a film: the agent, and the goals that it cannot see."""
+    goals = tasks.goals[tasks.task[:4]]  # (4, L, 2)
     shapes = [sprites_env.SHAPES.index(s) for s in ("circle", *["square"] * len(goals[0]))]
 
     def draw(positions):  # (N, 2)
@@ -708,7 +801,7 @@ def draw_film(tasks):
 
 
 @torch.no_grad()
-def plot_skills(path, tasks, learner, z):
+def draw_skills(tasks, learner, z):
     """Episodes coloured by z; where z is; a walk in z, from the middle of p(z|first task) to that
     of the last one, or along its first number if there is one task only; and the divergences."""
     from matplotlib.figure import Figure
@@ -761,142 +854,96 @@ def plot_skills(path, tasks, learner, z):
         axis.set_xticks(range(K), range(1, K + 1))
         axis.set_yticks(range(K), range(1, K + 1))
         axis.set(xlabel="task j", ylabel="task i", title="KL(p(z|i) ‖ p(z|j)), nats")
-    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))
+    return figure
 
 
-def write_summary(out, summary, log):
-    """Write summary.json, which says that the run has finished; returns its content."""
-    summary = summary | {"minutes": round(log.minutes(), 2)}
-    write_whole(out / "summary.json", lambda t: t.write_text(json.dumps(summary, indent=1)))
-    return summary
+class Run:
+    """A run's device and folder. Files are written whole or not at all; summary.json, the last one,
+    says that the run has finished, and a finished run is left alone."""
 
+    def __init__(self, args, total):
+        self.rows, self.total, self.start = [], total, time.perf_counter()
+        self.folder = Path(args.out or Path("runs") / Path(__file__).stem / args.run_name)
+        finished = (self.folder / "summary.json").exists() and not args.overwrite
+        require(not finished, f"{self.folder} holds a finished run: --overwrite, or --out FOLDER")
+        cuda = args.device != "cpu" and torch.cuda.is_available()
+        require(cuda or args.device != "cuda", "--device cuda, but PyTorch finds no CUDA device")
+        self.device = torch.device("cuda" if cuda else "cpu")
+        torch.manual_seed(args.seed)
+        if args.torch_threads:
+            torch.set_num_threads(args.torch_threads)
+        if platform.libc_ver()[0] == "glibc":
+            # By default glibc returns large activations to the system after every update, and maps
+            # them anew, page by page: half of the time. TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD:
+            for option, value in ((-1, 1 << 30), (-2, 1 << 28), (-3, 1 << 30)):
+                ctypes.CDLL(None).mallopt(option, value)
+        commit = subprocess.getoutput(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD')
+        facts = {"arguments": asdict(args), "git_commit": commit if len(commit) == 40 else None}
+        facts |= {m.__name__: m.__version__ for m in (gymnasium, np, torch)}
+        facts |= {"python": platform.python_version(), "device": str(self.device)}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name in ("summary.json", "checkpoint.pt", "curve.csv"):  # of an earlier run
+                (self.folder / name).unlink(missing_ok=True)
+            self.save("args.json", facts | {"threads": torch.get_num_threads()})
+        except OSError as error:
+            require(False, f"cannot write to {self.folder}: {error.strerror}")
 
-def plot_curve(path, rows, panels, x_label, levels=(), offline=0):
-    """A panel for each (y label, columns of curve.csv); dashed: levels (name, y); grey: offline."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * max(1.2, len(panels)), 3.8), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    axes[0].axvspan(0, offline, color="grey", alpha=0.15, lw=0)
-    for name, y in levels:
-        axes[0].axhline(y, color="grey", lw=0.8, ls="--", zorder=0)
-        axes[0].annotate(name, (0, y), xycoords=("axes fraction", "data"), color="grey", size=8)
-    for axis, (y_label, names) in zip(axes, panels):
-        for name in names:
-            values = [row[name] for row in rows]
-            axis.plot([row["step"] for row in rows], values, label=name.replace("_", " "))
-        axis.set(xlabel=x_label, ylabel=y_label, yscale="log" if "error" in y_label else "linear")
-        axis.legend(fontsize=8)
-    figure.suptitle(path.parent.name, fontsize=10)
-    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))
-
-
-def mlp(size_in, hidden, size_out):
-    """A multilayer perceptron of three layers."""
-    layers = [nn.Linear(size_in, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
-    return orthogonal_(nn.Sequential(*layers, nn.Linear(hidden, size_out)))
-
-
-def orthogonal_(module):
-    """Orthogonal weights and zero biases. With PyTorch's default, the signal all but vanishes on
-    its way through six stride-2 layers, and nothing is learnt for thousands of updates."""
-    for layer in module.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            nn.init.orthogonal_(layer.weight, math.sqrt(2))
-            nn.init.zeros_(layer.bias)
-    return module
-
-
-def save_gif(path, film):
-    """film: a list of tuples of images uint8 (height, width, 3), shown side by side."""
-    from PIL import Image
-
-    rows = [np.concatenate([np.pad(i, ((3, 3), (3, 3), (0, 0))) for i in row], 1) for row in film]
-    first, *rest = [Image.fromarray(row).quantize(16) for row in rows]
-    settings = {"save_all": True, "append_images": rest, "loop": 0, "duration": 100}  # ms
-    write_whole(path, lambda temporary: first.save(temporary, **settings))
-
-
-def check(args, positive):
-    """End with one line if one of these arguments is not above zero, or the seed is unusable."""
-    for name in positive.split():
-        if not getattr(args, name) > 0:
-            flag = name.replace("_", "-")
-            raise SystemExit(f"error: --{flag} must be positive, not {getattr(args, name)}")
-    if not 0 <= args.seed < 10_000:  # evaluation and held-out data use seeds from 10**9 on
-        raise SystemExit(f"error: --seed must be in 0 ... 9999, not {args.seed}")
-
-
-def prepare(args):
-    """Threads, seed and memory; returns the device."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("error: --device cuda, but this PyTorch finds no CUDA device")
-    if args.torch_threads > 0:
-        torch.set_num_threads(args.torch_threads)
-    torch.manual_seed(args.seed)
-    if platform.libc_ver()[0] == "glibc":
-        # Large activations come and go with every update. By default glibc hands them back to
-        # the system each time and maps them anew, page by page: up to half of the time.
-        for option, value in ((-1, 1 << 30), (-2, 1 << 28), (-3, 1 << 30)):
-            ctypes.CDLL(None).mallopt(option, value)  # M_TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD
-    cuda = args.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if cuda else "cpu")
-
-
-def open_run(args, name, device):
-    """Make the run's folder and write args.json; a finished run is not overwritten unasked."""
-    out = Path(args.out or Path("runs") / Path(__file__).stem / name)
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout
-    facts = {"arguments": asdict(args), "git_commit": (commit or "").strip() or None}
-    facts |= {module.__name__: module.__version__ for module in (np, torch, gymnasium)}
-    facts |= {"python": platform.python_version(), "device": str(device)}
-    facts |= {"threads": torch.get_num_threads()}
-    try:
-        if (out / "summary.json").exists() and not args.overwrite:
-            raise SystemExit(f"error: {out} holds a finished run: use --overwrite, or --out FOLDER")
-        out.mkdir(parents=True, exist_ok=True)
-        for old in ("summary.json", "checkpoint.pt", "curve.csv"):
-            (out / old).unlink(missing_ok=True)  # of an earlier run: not to be taken for this one's
-        write_whole(out / "args.json", lambda t: t.write_text(json.dumps(facts, indent=1)))
-    except OSError as error:
-        raise SystemExit(f"error: cannot write to {out}: {error.strerror}") from None
-    return out
-
-
-def write_whole(path, save):
-    """Write a file whole or not at all: `save` fills a temporary file, which is then renamed."""
-    temporary = path.with_name("unfinished_" + path.name)
-    save(temporary)
-    temporary.replace(path)
-
-
-class Log:
-    """Appends a row to curve.csv and prints a line of progress at every report."""
-
-    def __init__(self, out, total):
-        self.path, self.total = out / "curve.csv", total
-        self.start, self.rows = time.perf_counter(), []
-
-    def minutes(self):
-        return (time.perf_counter() - self.start) / 60
+    def save(self, name, content):
+        """A dict as .json or .pt, a figure as .png, or a film as .gif."""
+        file = self.folder / f"unfinished_{name}"
+        if file.suffix == ".json":
+            file.write_text(json.dumps(content, indent=1))
+        elif file.suffix == ".pt":
+            torch.save(content, file)
+        elif file.suffix == ".png":
+            content.savefig(file)
+        else:
+            sprites_env.save_gif(file, content)
+        file.replace(self.folder / name)
 
     def report(self, step, **metrics):
-        seconds = 60 * self.minutes()
-        row = {"step": step, "seconds": round(seconds, 2)}
-        row |= {"steps_per_second": round(step / seconds, 1)} | metrics
-        with open(self.path, "a" if self.rows else "w", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if not self.rows:
-                writer.writeheader()
-            writer.writerow(row)
-        self.rows.append(row)
-        left = seconds * (self.total / step - 1)
+        """A row of curve.csv, and a line of progress: on a terminal one line that changes."""
+        seconds = time.perf_counter() - self.start
+        speed, left = step / seconds, seconds * (self.total / step - 1)
+        row = {"step": step, "seconds": round(seconds, 2), "steps_per_second": round(speed, 1)}
+        self.rows.append(row | metrics)
+        with open(self.folder / "curve.csv", "a") as file:
+            if len(self.rows) == 1:
+                print(*self.rows[0], sep=",", file=file)
+            print(*self.rows[-1].values(), sep=",", file=file)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:4])
-        line = f"{step:,}/{self.total:,}  {step / seconds:,.0f}/s  {left:.0f} s left  {shown}"
-        live = sys.stdout.isatty()  # one line that changes, or else one line a report
+        line = f"{step:,}/{self.total:,}  {speed:,.0f}/s  {left:.0f} s left  {shown}"
+        live = sys.stdout.isatty()
         end = "" if live and step < self.total else "\n"
         print(f"\r\033[K{line}" if live else line, end=end, flush=True)
+
+    def finish(self, summary, panels, x_label, levels=(), offline=0):
+        """curve.png (see sprites_env.draw_curve) and summary.json, whose content it returns."""
+        figure = sprites_env.draw_curve(self.rows, panels, x_label, levels, offline)
+        figure.suptitle(self.folder.name, fontsize=10)
+        self.save("curve.png", figure)
+        summary = summary | {"minutes": round((time.perf_counter() - self.start) / 60, 2)}
+        self.save("summary.json", summary)
+        return summary
+
+
+def require(condition, message):
+    """End with one line unless the condition holds."""
+    if not condition:
+        raise SystemExit(f"error: {message}")
+
+
+def require_positive(args, but=""):
+    """All numbers must be finite and positive; those named in `but`, and seeds, may be 0."""
+    for name, value in vars(args).items():
+        zero = name in ("seed", "torch_threads", "distractors", *but.split())
+        flag, least = name.replace("_", "-"), "0 or more" if zero else "positive"
+        for x in value if isinstance(value, tuple) else (value,):
+            if type(x) in (int, float):
+                good = math.isfinite(x) and (x > 0 or zero and x == 0)
+                require(good, f"--{flag} must be finite and {least}, not {x}")
+    require(args.seed < 10_000, f"--seed must be in 0 ... 9999, not {args.seed}")  # 10**9: held out
 
 
 if __name__ == "__main__":

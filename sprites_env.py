@@ -51,6 +51,9 @@ single ones seeded seed, seed + 1, ... frame by frame. It resets in the step tha
 `info["final_obs"]` (N, ...) holds the last of the old one wherever `info["_final_obs"]` (N,).
 `reset(options={"state": (K, 4), "shapes": (K,)})` starts from exactly that state (a vector
 environment takes a leading N; shapes may be left out).
+
+**Acting and watching.** `Episodes`, `evaluate` and the pictures at the end of this file serve any
+vector environment that resets in the step that ends an episode, not Sprites alone.
 """
 
 import gymnasium as gym
@@ -436,6 +439,104 @@ class SpritesVectorEnv(gym.vector.VectorEnv):
 
 
 gym.register("Sprites-v0", entry_point=SpritesEnv, vector_entry_point=SpritesVectorEnv)
+
+
+# --- Acting in, and watching, any vector environment that resets in the same step -------------
+
+
+class Episodes:
+    """Environments that are acted in: the observations (N, ...) that they show now, and the returns
+    of the episodes that have finished."""
+
+    def __init__(self, env, seed):
+        self.env, self.finished, self.running = env, [], np.zeros(env.num_envs)
+        self.obs, _ = env.reset(seed=seed)
+
+    def step(self, actions):
+        """(N, A) -> what followed (N, ...), rewards, terminated and truncated (N,). Where an
+        episode ended, what followed is its own last observation; `obs` is the next one's first."""
+        self.obs, rewards, terminated, truncated, info = self.env.step(actions)
+        ended, successors = terminated | truncated, self.obs.copy()
+        if ended.any():
+            successors[ended] = np.stack(info["final_obs"][ended])
+        self.running += rewards
+        self.finished += self.running[ended].tolist()
+        self.running[ended] = 0
+        return successors, rewards, terminated, truncated
+
+
+def evaluate(policy, env, frames=None):
+    """Returns (N,) of one fresh episode per environment. `policy` maps observations (N, ...) to
+    actions (N, A); a list `frames` collects what `env.render()` shows before each step."""
+    obs, _ = env.reset(seed=10**9)
+    returns, running = np.zeros(env.num_envs), np.ones(env.num_envs, bool)
+    while running.any():
+        if frames is not None:
+            frames.append(env.render())
+        obs, rewards, terminated, truncated, _ = env.step(policy(obs))
+        returns += rewards * running
+        running &= ~(terminated | truncated)
+    return returns
+
+
+def film(policy, env):
+    """What `env.render()` shows of these episodes, for `save_gif`."""
+    frames = []
+    evaluate(policy, env, frames)
+    return frames
+
+
+def summary(returns, task="follow"):
+    """What is to be told of an evaluation on Sprites."""
+    mean, sd = returns.mean(), returns.std()
+    shares = {"eval_return_mean": mean, "eval_return_std": sd, "eval_episodes": len(returns)}
+    return shares | {"score": score(mean, task)}
+
+
+def save_gif(path, frames):
+    """frames: a list of tuples of images uint8 (height, width, 3), shown side by side."""
+    from PIL import Image
+
+    rows = [np.concatenate([np.pad(i, ((3, 3), (3, 3), (0, 0))) for i in row], 1) for row in frames]
+    first, *rest = [Image.fromarray(row).quantize(16) for row in rows]
+    first.save(path, save_all=True, append_images=rest, loop=0, duration=100)  # ms a frame
+
+
+def draw_curve(rows, panels, x_label, levels=(), offline=0):
+    """A figure of a run's `rows`, dicts with a "step": a panel for each (y label, columns), and in
+    the first one dashed lines at `levels`, pairs (name, y), and grey up to the step `offline`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * max(1.2, len(panels)), 3.8), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    axes[0].axvspan(0, offline, color="grey", alpha=0.15, lw=0)
+    for name, y in levels:
+        axes[0].axhline(y, color="grey", lw=0.8, ls="--", zorder=0)
+        axes[0].annotate(name, (0, y), xycoords=("axes fraction", "data"), color="grey", size=8)
+    for axis, (y_label, names) in zip(axes, panels):
+        for name in names:
+            values = [row[name] for row in rows]
+            axis.plot([row["step"] for row in rows], values, label=name.replace("_", " "))
+        axis.set(xlabel=x_label, ylabel=y_label, yscale="log" if "error" in y_label else "linear")
+        axis.legend(fontsize=8)
+    return figure
+
+
+def draw_images(rows):
+    """A figure of rows of images, label -> (M, height, width[, 3]), grey in [0, 1] or RGB."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
+    for axis, (label, images) in zip(axes, rows.items()):
+        images = np.asarray(images)
+        figure.set_size_inches(len(images), len(rows))
+        edge = images.shape[2] // SIZE
+        pad = ((0, 0), (edge, edge), (edge, edge), (0, 0))[: images.ndim]  # a frame around each
+        framed = np.pad(images, pad, constant_values=images.max() / 2)
+        axis.imshow(np.concatenate(framed, axis=1), cmap="gray", vmin=0, vmax=1)
+        axis.set(xticks=[], yticks=[], ylabel=label)
+    return figure
 
 
 if __name__ == "__main__":  # the table of reference returns above
