@@ -518,8 +518,8 @@ def look(seer, images, positions, new_images, new_positions):
 
 
 class HeldOut:
-    """Tasks to be tested with: start and goal states (M, K, 4), images of the goals, shapes (M, K).
-    A goal is the same scene with the agent elsewhere (reach), or the agent and the square (push)."""
+    """Tasks to be tested with: start and goal states (M, K, 4), images of the goals. A goal is the
+    same scene with the agent elsewhere (reach), or the agent and the square (push)."""
 
     def __init__(self, args):
         self.moved, self.steps = args.moved, make_env(args, 1).horizon

@@ -326,7 +326,7 @@ class SkillAgent:
 
 
 def skill_reward(reward, log_q, entropy, alpha2, alpha3):
-    """r̂ = r + α₂ log q(z|a, s …) + α₃ H[π(·|s,z)], eq. (1), log q cut off. All (B, T) -> (B, T)."""
+    """r̂ = r + α₂ log q(z|a, s …) + α₃ H[π(·|s,z)], eq. (1); log q is cut off. All (B, T)."""
     assert reward.shape == log_q.shape == entropy.shape
     return reward + alpha2 * log_q.clamp(-LOG_Q_CLIP, LOG_Q_CLIP) + alpha3 * entropy
 

@@ -1,12 +1,13 @@
-"""Every figure and table of the README's results.
+"""Every figure and table of the results.
 
     python benchmark/plot.py
 
 Draws figures from benchmark/results/*.csv, beside them, and writes the tables between the marks
-`<!-- table: name -->` and `<!-- end -->` of README.md. Intervals are 95 % bootstrap intervals of
-the mean over seeds (10,000 resamples, fixed seed); with three to five seeds they are rough, so
-every seed is drawn as well. Films, and pictures that need a network, come from the study's runs of
-seed 1: without their folders in runs/study/ those in the results stay as they are.
+`<!-- table: name -->` and `<!-- end -->` of README.md and benchmark/README.md: each file gets those
+whose marks it has. STUDIES, at the end, says what is made of which results. Intervals are 95 %
+bootstrap intervals of the mean over seeds (10,000 resamples, fixed seed); with three to five seeds
+they are rough, so every seed is drawn as well. Films, and pictures that need a network, come from
+the study's runs of seed 1: without their folders in runs/study/ the old ones stay as they are.
 """
 
 import csv
@@ -20,41 +21,94 @@ import numpy as np
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmark" / "results"
+RESULTS, RUNS = Path("benchmark") / "results", Path("runs") / "study"  # in ROOT
+PAGES = ("README.md", "benchmark/README.md")  # in ROOT
 sys.path.insert(0, str(ROOT))
 import sprites_env  # noqa: E402
 
-TEXT = ("encoder", "objective", "algorithm", "mixture", "mode", "task", "goals")
-TEXT += ("goal_fractions", "experiment", "embedding", "git_commit")  # columns that hold no number
-# Okabe and Ito's colours, which survive colour blindness, and dashes, which survive greyscale.
-STYLES = {
-    "oracle": ("#000000", "-"),
-    "reward_prediction_finetune": ("#D55E00", "-"),
-    "reward_prediction": ("#E69F00", "--"),
-    "image_scratch": ("#0072B2", "-"),
-    "cnn": ("#56B4E9", "-."),
-    "image_reconstruction_finetune": ("#009E73", "-"),
-    "image_reconstruction": ("#CC79A7", "--"),
+
+def kinds(name, styles):
+    """{label: (style, what its rows have)} of "label style, ..."; column `name` has the label."""
+    pairs = (pair.split() for pair in styles.split(", "))
+    return {label: (style, {name: label}) for label, style in pairs}
+
+
+# What is compared, in the order of the tables. A style is a letter for one of Okabe and Ito's
+# colours, which survive colour blindness, and dashes, which survive greyscale.
+COLOURS = {"k": "#000000", "r": "#D55E00", "o": "#E69F00", "b": "#0072B2"}
+COLOURS |= {"s": "#56B4E9", "g": "#009E73", "p": "#CC79A7"}
+ENCODERS = kinds(
+    "encoder",
+    "oracle k-, reward_prediction_finetune r-, reward_prediction o--, image_scratch b-, cnn s-., "
+    "image_reconstruction_finetune g-, image_reconstruction p--",
+)
+ALGORITHMS = kinds("algorithm", "awac r-, sac_from_buffer b-, sac s-., filtered_bc g--, bc k--")
+MODES = kinds(
+    "mode", "state k-, pixel s-., rad b-, curl r-, curl_unaugmented_sac o--, contrastive_only p:"
+)
+MIXED = "0.2 0.4 0.4"  # shares of rig_td3.py's goals: as practised, from the prior, from the future
+GOALS = {
+    "true positions": ("k-", {"goals": "oracle", "goal_fractions": MIXED}),
+    "latent, mixed relabelling": ("r-", {"goals": "latent", "goal_fractions": MIXED}),
+    "distance between pixels": ("b--", {"goals": "pixel", "goal_fractions": MIXED}),
+    "latent, future only": ("g-.", {"goals": "latent", "goal_fractions": "0.2 0 0.8"}),
+    "latent, prior only": ("o--", {"goals": "latent", "goal_fractions": "0.2 0.8 0"}),
+    "latent, none": ("p:", {"goals": "latent", "goal_fractions": "1 0 0"}),
 }
-PICTURES = {  # what runs have drawn: file in runs/study/ -> file in the results
-    "ppo_encoder/reward_prediction_d2_s1_n250000/rollout.gif": "rollout.gif",
-    "rig/push_latent_0.2_0.4_0.4_s1/imagined_goals.png": "rig_imagined_goals.png",
-    "rig/push_latent_0.2_0.4_0.4_s1/reached.png": "rig_reached.png",
-    "rig/push_latent_0.2_0.4_0.4_s1/latent_walk.png": "rig_latent_walk.png",
-    "rig/push_latent_0.2_0.4_0.4_s1/rollout.gif": "rig_rollout.gif",
-    "skill/library_gaussian_0.2_s1/skills.png": "skill_library.png",
-    "skill/generality_gaussian_0.2_s1/skills.png": "skill_generality.png",
-    "skill/versatility_bernoulli_0.5_s1/skills.png": "skill_versatility.png",
-    "skill/transfer_gaussian_0.2_s1/rollout.gif": "skill_transfer.gif",
+SKILLS = {
+    "skills": ("r-", {"embedding": "gaussian", "alpha2": 0.2}),
+    "skills, α₂ = 0": ("b--", {"embedding": "gaussian", "alpha2": 0}),
+    "one-hot tasks": ("g-.", {"embedding": "one_hot", "alpha2": 0}),
 }
+NEW_TASKS = ("interpolation", "sequencing")
+RETURN, THOUSANDS = "eval_return_mean", "environment steps (thousands)"
+BELOW = {"loc": "outside lower center", "ncols": 7, "fontsize": 8}  # a legend of all encoders
+
+
+# --- Rows of results -------------------------------------------------------------------------
 
 
 def read(name):
-    """Rows of a results file, numbers as numbers."""
-    with open(RESULTS / name, newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{k: v if k in TEXT else float(v or "nan") for k, v in row.items()}
-            for row in rows]  # fmt: skip
+    """The rows of a results file, numbers as numbers, nan where there is nothing."""
+
+    def value(text):
+        try:
+            return float(text or "nan")
+        except ValueError:
+            return text
+
+    with open(ROOT / RESULTS / name, newline="") as file:
+        return [{k: value(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def where(rows, **wanted):
+    """The rows that have these values."""
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def split(rows, kinds):
+    """(label, style, its rows) for each kind that has rows."""
+    for label, (style, wanted) in kinds.items():
+        if here := where(rows, **wanted):
+            yield label, style, here
+
+
+def runs_of(rows):
+    """One list for each seed, in the order of steps. (Skills are compared across embeddings.)"""
+    runs = {}
+    for row in rows:
+        runs.setdefault((row["seed"], row.get("embedding")), []).append(row)
+    return [sorted(run, key=lambda row: row["step"]) for run in runs.values()]
+
+
+def values_of(rows, name):
+    """One column: (M,) of rows, (S, M) of runs."""
+    return np.array([values_of(r, name) if isinstance(r, list) else r[name] for r in rows])
+
+
+def usual(rows):
+    """Without the PPO runs that are longer than the rest."""
+    return where(rows, total_steps=min(values_of(rows, "total_steps")))
 
 
 def interval(values):
@@ -65,633 +119,533 @@ def interval(values):
     return values.mean(0), low, high
 
 
-def runs_of(rows, **wanted):
-    """The rows that have these values, one list for each seed, in the order of steps."""
-    runs = {}
-    for row in rows:
-        if all(row[name] == value for name, value in wanted.items()):
-            runs.setdefault(row["seed"], []).append(row)
-    return [sorted(run, key=lambda row: row.get("step", 0)) for run in runs.values()]
+# --- Text ------------------------------------------------------------------------------------
 
 
-def values_of(runs, name):
-    """One column of all rows, (S, M)."""
-    return np.array([[row[name] for row in run] for run in runs])
+def table(titles, lines, below=""):
+    """Lines of a markdown table; titles are those of its columns, `below` stands under it."""
+    head, *body = (f"| {line} |" for line in (titles, *(" | ".join(cells) for cells in lines)))
+    dashes = "|---" * (head.count(" | ") + 1) + "|"
+    return [head, dashes, *body, *(["", below] if below else [])]
 
 
-def draw_band(axis, x, values, colour, dashes, label):
-    """Every seed, their mean, and its interval. x (M,), values (S, M)."""
-    mean, low, high = interval(values)
-    axis.plot(x, values.T, color=colour, lw=0.5, alpha=0.35)
-    axis.plot(x, mean, dashes, color=colour, lw=1.8, label=label)
-    axis.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+def mean(rows, name, digits, empty="-"):
+    """mean [low, high]; of one seed the mean alone."""
+    values = [row[name] for row in rows if not np.isnan(row[name])]
+    middle, *ends = (f"{number:.{digits}f}" for number in interval(values)) if values else [empty]
+    return f"{middle} [{', '.join(ends)}]" if len(values) > 1 else middle
 
 
-def draw_curves(axis, rows, encoders, distractors):
-    """Mean, interval and every seed of these encoders; the hand-written controllers as lines."""
+def spread(rows, names, digits):
+    """Mean ± standard deviation over seeds of the mean of these columns, if there are any."""
+    values = [np.mean([row[name] for name in names]) for row in rows if names]
+    deviation = f"± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "(1 seed)"
+    return f"{np.mean(values):.{digits}f} {deviation}" if values else ""
+
+
+def each(rows, name, form, nan="", between=", "):
+    """The number of every row; `nan`, or nothing, for those without one."""
+    values = [row.get(name, np.nan) for row in rows]
+    return between.join(f"{v:,.{form}}" if v == v else nan for v in values if v == v or nan)
+
+
+def minutes(rows):
+    """The median; a paused run has none."""
+    return f"{np.nanmedian(values_of(rows, 'minutes')):.1f}"
+
+
+def seeds(rows):
+    """1, 2, 3"""
+    return ", ".join(f"{seed:.0f}" for seed in sorted(set(values_of(rows, "seed"))))
+
+
+# --- Parts of figures ------------------------------------------------------------------------
+
+
+def panels(width, height, rows, columns, dpi=90, **options):
+    """An empty figure of that many inches, and its axes."""
+    figure = Figure((width, height), dpi=dpi, layout="constrained")
+    return figure, figure.subplots(rows, columns, **options)
+
+
+def draw_curve(axis, rows, name, label, style, start=0, band=True):
+    """A column against thousands of steps: a thin line for each seed, and their mean with its
+    interval as a band; or, without a band, their median."""
+    if not (runs := runs_of(rows)):
+        return
+    x, values = (values_of(runs, "step")[0] - start) / 1000, values_of(runs, name)
+    colour, dashes = COLOURS[style[0]], style[1:]
+    thin = {"lw": 0.5, "alpha": 0.35} if band else {"lw": 0.7, "alpha": 0.5, "ls": dashes}
+    axis.plot(x, values.T, color=colour, **thin)
+    middle, low, high = interval(values)
+    middle = middle if band else np.median(values, axis=0)
+    axis.plot(x, middle, dashes, color=colour, lw=1.8, label=label)
+    if band:
+        axis.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+
+
+def draw_means(axis, x, groups, style, **options):
+    """The mean of each group of numbers, with its interval as a bar."""
+    middle, low, high = np.array([interval(group) for group in groups]).reshape(-1, 3).T
+    options |= {"fmt": style[1:], "color": COLOURS[style[0]]}
+    axis.errorbar(x, middle, [middle - low, high - middle], **options)
+
+
+def draw_level(axis, y, name, x, line, **text):
+    """A line at y, and its name at x, from 0 (left) to 1 (right)."""
+    axis.axhline(y, **{"color": "grey"} | line)
+    text = {"color": "grey", "size": 8, "va": "bottom", "ha": "right" if x > 0.5 else "left"} | text
+    axis.annotate(name, (x, y), xycoords=("axes fraction", "data"), **text)
+
+
+def draw_returns(axis, curves, styles, x, space, **text):
+    """Return against steps of each kind, beside what the hand-written controllers get."""
     for name, level in sprites_env.REFERENCE_RETURNS["follow"].items():
-        axis.axhline(level, color="grey", lw=0.7, ls=":", zorder=0)
-        label = name.replace("_", " with ")
-        axis.annotate(label, (0.995, level), xycoords=("axes fraction", "data"), color="grey",
-                      size=7, ha="right", va="bottom")  # fmt: skip
-    for encoder in encoders:
-        if runs := runs_of(rows, encoder=encoder, distractors=distractors):
-            steps, returns = values_of(runs, "step")[0], values_of(runs, "eval_return")
-            draw_band(axis, steps, returns, *STYLES[encoder], encoder)
-    axis.set(xlabel="environment steps", ylim=(27.5, 39.6))
-    axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:.0f}k")
+        line = {"lw": 0.7, "ls": ":", "zorder": 0}
+        draw_level(axis, level, name.replace("_", space), x, line, **text)
+    for name, style, rows in split(curves, styles):
+        draw_curve(axis, rows, "eval_return", name, style)
 
 
-def learning_curves(rows):
+# --- The studies: figures and tables of (curves, finals) -------------------------------------
+
+
+def draw_encoders(axes, curves, shown, y_label, size=12):
+    """A panel of returns for each of `shown`, {title: (distractors, encoders)}."""
+    for axis, (title, (distractors, encoders)) in zip(axes, shown.items()):
+        styles = {name: ENCODERS[name] for name in encoders}
+        rows = where(curves, distractors=distractors)
+        draw_returns(axis, rows, styles, 0.995, " with ", size=7)
+        axis.set(xlabel="environment steps", ylim=(27.5, 39.6))
+        axis.set_title(title, fontsize=size)
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x:.0f}k")
+    axes[0].set_ylabel(y_label)
+
+
+def learning_curves(curves, finals):
     """One panel per number of distractors, all seven encoders."""
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
-    axes = figure.subplots(1, 3, sharey=True)
-    for distractors, axis in enumerate(axes):
-        draw_curves(axis, rows, STYLES, distractors)
-        axis.set_title(f"{distractors} distractor{'s' * (distractors != 1)}")
-    axes[0].set_ylabel("return of a 40-step episode, acting without noise")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7,
-                  fontsize=8)  # fmt: skip
-    figure.savefig(RESULTS / "learning_curves.png", dpi=90)
+    figure, axes = panels(13, 4.6, 1, 3, sharey=True)
+    shown = {f"{d} distractor{'s' * (d != 1)}": (d, ENCODERS) for d in range(3)}
+    draw_encoders(axes, usual(curves), shown, "return of a 40-step episode, acting without noise")
+    figure.legend(*axes[0].get_legend_handles_labels(), **BELOW)
+    return figure
 
 
-def comparisons(rows, finals):
+def comparisons(curves, finals):
     """The four comparisons of the source document, at 2 distractors, and against distractors."""
-    figure = Figure(figsize=(13, 4.4), layout="constrained")
-    axes = figure.subplots(1, 4, sharey=True)
-    panels = {
-        "pretrained or not": ("reward_prediction_finetune", "image_scratch"),
-        "what it was pretrained for": (
-            "reward_prediction_finetune",
-            "image_reconstruction_finetune",
-            "reward_prediction",
-            "image_reconstruction",
-        ),
-        "capacity": ("cnn", "image_scratch"),
-    }
-    for axis, (title, encoders) in zip(axes, panels.items()):
-        draw_curves(axis, rows, encoders, 2)
-        axis.set_title(f"{title} (2 distractors)", fontsize=10)
-    for shift, (encoder, (colour, dashes)) in enumerate(STYLES.items()):
-        levels = [final_returns(finals, encoder, d) for d in range(3)]
-        if all(levels):
-            mean, low, high = np.array([interval(level) for level in levels]).T
-            x = np.arange(3) + 0.05 * (shift - 3)
-            axes[3].errorbar(x, mean, [mean - low, high - mean], fmt=dashes, marker="o", ms=3,
-                             color=colour, lw=1.2, label=encoder)  # fmt: skip
+    figure, axes = panels(13, 4.4, 1, 4, sharey=True)
+    aims = ("reward_prediction", "image_reconstruction")
+    compared = {"pretrained or not": ("reward_prediction_finetune", "image_scratch")}
+    compared["what it was pretrained for"] = [a + end for end in ("_finetune", "") for a in aims]
+    compared["capacity"] = ("cnn", "image_scratch")
+    shown = {f"{title} (2 distractors)": (2, names) for title, names in compared.items()}
+    draw_encoders(axes, usual(curves), shown, "return of a 40-step episode", size=10)
+    for name, style, rows in split(usual(finals), ENCODERS):
+        returns = [values_of(where(rows, distractors=d), RETURN) for d in range(3)]
+        if all(map(len, returns)):
+            x = np.arange(3) + 0.05 * (list(ENCODERS).index(name) - 3)
+            draw_means(axes[3], x, returns, style, marker="o", ms=3, lw=1.2, label=name)
     axes[3].set(xticks=range(3), xlabel="distractors")
     axes[3].set_title("number of distractors (final return)", fontsize=10)
-    axes[0].set_ylabel("return of a 40-step episode")
-    figure.legend(*axes[3].get_legend_handles_labels(), loc="outside lower center", ncols=7,
-                  fontsize=8)  # fmt: skip
-    figure.savefig(RESULTS / "comparisons.png", dpi=90)
+    figure.legend(*axes[3].get_legend_handles_labels(), **BELOW)
+    return figure
 
 
-def final_returns(finals, encoder, distractors):
-    """Final deterministic returns, one per seed."""
-    return [r["eval_return_mean"] for r in finals
-            if r["encoder"] == encoder and r["distractors"] == distractors]  # fmt: skip
+def long_runs(curves, finals):
+    """The runs that are longer than the rest, if there are any: does anything decay late?"""
+    if rows := [row for row in curves if row["total_steps"] >= 2_000_000]:
+        figure, axis = panels(7, 3.6, 1, 1)
+        shown = {"2 distractors, one seed": (2, ENCODERS)}
+        draw_encoders([axis], rows, shown, "return of a 40-step episode")
+        axis.legend(fontsize=8)
+        return figure
 
 
-def seconds_to(rows, encoder, level):
-    """Median over seeds of the seconds until an evaluation at 0 distractors reaches `level`."""
-    first = {}
-    for row in rows:
-        if (row["encoder"], row["distractors"]) == (encoder, 0) and row["eval_return"] >= level:
-            first[row["seed"]] = min(row["seconds"], first.get(row["seed"], np.inf))
-    seeds = {r["seed"] for r in rows if (r["encoder"], r["distractors"]) == (encoder, 0)}
-    return f"{np.median(list(first.values())):.0f}" if seeds and len(first) == len(seeds) else "-"
-
-
-def returns_table(finals, curve_rows):
-    """Final returns: mean over seeds and its interval."""
-    seeds = sorted({int(r["seed"]) for r in finals})
-    lines = ["| encoder | 0 distractors | 1 | 2 | score at 2 | minutes | seconds to 36.0 at 0 |"]
-    lines += ["|---|---|---|---|---|---|---|"]
-    for encoder in STYLES:
-        cells, score = [], ""
-        for distractors in range(3):
-            returns = final_returns(finals, encoder, distractors)
-            if not returns:
-                cells.append("")
-                continue
-            mean, low, high = interval(returns)
-            fewer = (
-                ""
-                if len(returns) == len(seeds)
-                else f" ({len(returns)} seed{'s' * (len(returns) > 1)})"
-            )
-            cells.append(f"{mean:.2f} [{low:.2f}, {high:.2f}]{fewer}")
-            score = f"{sprites_env.score(mean):.2f}" if distractors == 2 else ""
-        minutes = [r["minutes"] for r in finals if r["encoder"] == encoder]
-        cells += [score, f"{np.median(minutes):.1f}" if minutes else ""]
-        cells.append(seconds_to(curve_rows, encoder, 36.0))
-        lines.append(f"| `{encoder}` | " + " | ".join(cells) + " |")
-    steps = int(finals[0]["steps"])
-    return [*lines, "", f"Seeds {', '.join(map(str, seeds))}; {steps:,} environment steps."]
-
-
-def pretraining_table(rows):
-    """What pretraining reaches: prediction error and what a linear probe reads off z."""
-    lines = ["| objective | distractors | MSE, rewards | MSE, pixels | R² agent | R² target |"
-             " R² distractors | minutes |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for objective in ("reward_prediction", "image_reconstruction"):
-        for distractors in range(3):
-            runs = [
-                r for r in rows if (r["objective"], r["distractors"]) == (objective, distractors)
-            ]
-            if not runs:
-                continue
-            cell = lambda *names, digits=3, runs=runs: spread(  # noqa: E731
-                [np.mean([r[name] for name in names]) for r in runs], digits
-            )
-            both = lambda thing: [f"r2_{thing}_x", f"r2_{thing}_y"]  # noqa: E731
-            other = [name for i in range(distractors) for name in both(f"distractor{i + 1}")]
-            lines.append(
-                f"| `{objective}` | {distractors} | "
-                + (cell("mse", digits=4) if objective == "reward_prediction" else "")
-                + " | "
-                + (cell("mse_image", digits=4) if objective != "reward_prediction" else "")
-                + f" | {cell(*both('agent'))}"
-                + f" | {cell(*both('target'))} | {cell(*other) if other else ''}"
-                + f" | {np.median([r['minutes'] for r in runs]):.1f} |"
-            )
-    seeds = sorted({int(r["seed"]) for r in rows})
-    return [
-        *lines,
-        "",
-        f"Mean ± standard deviation over seeds {', '.join(map(str, seeds))}; median minutes.",
-    ]
-
-
-def long_runs(rows):
-    """The runs that are longer than the rest: does anything decay late?"""
-    rows = [row for row in rows if row["total_steps"] >= 2_000_000]
-    if not rows:
-        return
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axis = figure.subplots()
-    draw_curves(axis, rows, STYLES, 2)
-    axis.set(ylabel="return of a 40-step episode", title="2 distractors, one seed")
-    axis.legend(fontsize=8)
-    figure.savefig(RESULTS / "long_runs.png", dpi=90)
-
-
-def decoder_probe(runs):
+def decoder_probe(curves, finals):
     """What a decoder that looked on makes of z, per pretraining. Needs the runs' checkpoints, which
     are too large to keep with the results: without them the picture stays as it is."""
     import torch
 
     import rp_pretrain
 
-    kinds = {
-        "agent's x": "rp_single_task/agent_x_d{}_s1",
-        "all four positions": "rp_pretrain/reward_prediction_d{}_s1",
-        "reconstruction": "rp_pretrain/image_reconstruction_d{}_s1",
-    }
-    paths = [runs / kind.format(d) / "checkpoint.pt" for kind in kinds.values() for d in (0, 2)]
-    if missing := [path for path in paths if not path.exists()]:
-        print(f"decoder_probe.png stays as it is: {missing[0]} is missing\n")
-        return
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    axes = figure.subplots(4, 12)
+    folders = {"agent's x": "rp_single_task/agent_x"}
+    folders["all four positions"] = "rp_pretrain/reward_prediction"
+    folders["reconstruction"] = "rp_pretrain/image_reconstruction"
+    figure, axes = panels(12, 4, 4, 12, dpi=80)
     for half, distractors in enumerate((0, 2)):
-        frames, _ = rp_pretrain.probe_data(distractors, "cpu")
-        rows = {"true": frames[:6]}
-        for name, kind in kinds.items():
-            saved = torch.load(
-                runs / kind.format(distractors) / "checkpoint.pt", map_location="cpu"
-            )
+        frames = rp_pretrain.probe_data(distractors, "cpu")[0][:6]
+        pictures = {"true": frames}
+        for name, folder in folders.items():
+            path = ROOT / RUNS / f"{folder}_d{distractors}_s1" / "checkpoint.pt"
+            if not path.exists():
+                return print(f"decoder_probe.png stays as it is: {path} is missing\n")
+            saved = torch.load(path, map_location="cpu")
             encoder, decoder = rp_pretrain.Encoder(), rp_pretrain.Decoder()
             encoder.load_state_dict(saved["encoder"])
             decoder.load_state_dict(saved["decoder"])
             with torch.no_grad():
-                rows[name] = decoder(encoder(frames[:6]))
-        for line, (name, images) in zip(axes, rows.items()):
+                pictures[name] = decoder(encoder(frames))
+        for line, (name, images) in zip(axes, pictures.items()):
             for axis, image in zip(line[6 * half :], images):
                 axis.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=1)
                 axis.set(xticks=[], yticks=[])
             line[0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
         axes[0, 6 * half].set_title(f"{distractors} distractors", loc="left", fontsize=10)
-    figure.savefig(RESULTS / "decoder_probe.png", dpi=80)
+    return figure
 
 
-AWAC_STYLES = {
-    "awac": ("#D55E00", "-"),
-    "sac_from_buffer": ("#0072B2", "-"),
-    "sac": ("#56B4E9", "-."),
-    "filtered_bc": ("#009E73", "--"),
-    "bc": ("#000000", "--"),
-}
+def seconds_to(level, runs):
+    """Median over seeds of the seconds until an evaluation reaches `level`, if all seeds' do."""
+    reached = [[row["seconds"] for row in run if row["eval_return"] >= level] for run in runs]
+    return f"{np.median([min(times) for times in reached]):.0f}" if runs and all(reached) else "-"
 
 
-def awac_figure(rows, finals):
-    """Left: scores offline, then online, per algorithm. Right: offline score against lambda."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
-    for algorithm, (colour, dashes) in AWAC_STYLES.items():
-        if runs := runs_of([row for row in rows if row["total_steps"]], algorithm=algorithm):
-            steps, online = values_of(runs, "step")[0], values_of(runs, "online_step")[0]
-            offline, scores = (steps - online).max(), values_of(runs, "eval_score")
-            draw_band(left, (steps - offline) / 1000, scores, colour, dashes, algorithm)
-            if not online.any():  # no online phase: what it would stay at
-                left.plot([0, 20], [scores[:, -1].mean()] * 2, ":", color=colour, lw=1)
+def returns_table(curves, finals):
+    """Final returns: mean over seeds and its interval."""
+    curves, finals, lines = where(usual(curves), distractors=0), usual(finals), []
+    everyone = len(set(values_of(finals, "seed")))
+    for name, _, rows in split(finals, ENCODERS):
+        runs = [where(rows, distractors=d) for d in range(3)]
+        fewer = [f" (n={len(r)})" * (0 < len(r) < everyone) for r in runs]
+        cells = [mean(r, RETURN, 2, empty="") + note for r, note in zip(runs, fewer)]
+        score = f"{sprites_env.score(values_of(runs[2], RETURN).mean()):.2f}" if runs[2] else ""
+        seconds = seconds_to(36.0, runs_of(where(curves, encoder=name)))
+        lines.append([f"`{name}`", *cells, score, minutes(rows), seconds])
+    titles = "encoder | 0 distractors | 1 | 2 | score at 2 | minutes | seconds to 36.0 at 0"
+    below = f"Seeds {seeds(finals)}; {int(finals[0]['steps']):,} environment steps."
+    return table(titles, lines, below)
+
+
+def pretraining_table(curves, finals):
+    """What pretraining reaches: prediction error and what a linear probe reads off z."""
+    lines, errors = [], {"reward_prediction": "mse", "image_reconstruction": "mse_image"}
+    for objective, d in ((objective, d) for objective in errors for d in range(3)):
+        if runs := where(finals, objective=objective, distractors=d):
+            things = (["agent"], ["target"], [f"distractor{i + 1}" for i in range(d)])
+            names = [[f"r2_{thing}_{axis}" for thing in t for axis in "xy"] for t in things]
+            mse = spread(runs, [errors[objective]], 4)
+            cells = [mse, ""] if objective == "reward_prediction" else ["", mse]
+            cells += [spread(runs, some, 3) for some in names]
+            lines.append([f"`{objective}`", str(d), *cells, minutes(runs)])
+    titles = "objective | distractors | MSE, rewards | MSE, pixels | R² agent | R² target"
+    below = f"Mean ± standard deviation over seeds {seeds(finals)}; median minutes."
+    return table(f"{titles} | R² distractors | minutes", lines, below)
+
+
+def awac_figure(curves, finals):
+    """Left: scores offline, then online, per algorithm. Right: offline score against λ."""
+    figure, (left, right) = panels(11, 4.2, 1, 2, width_ratios=(2, 1))
+    curves = [row for row in curves if row["total_steps"]]
+    for name, style, rows in split(curves, ALGORITHMS):
+        offline = max(row["step"] - row["online_step"] for row in rows)
+        draw_curve(left, rows, "eval_score", name, style, start=offline)
+        if not values_of(rows, "online_step").any():  # no online phase: what it would stay at
+            level = values_of(runs_of(rows), "eval_score")[:, -1].mean()
+            left.plot([0, 20], [level, level], ":", color=COLOURS[style[0]], lw=1)
     left.axvspan(left.get_xlim()[0], 0, color="grey", alpha=0.12, lw=0)
     left.axhline(100, color="grey", lw=0.7, ls=":")
     left.set(xlabel="offline updates | online environment steps (thousands)")
     left.set(ylabel="score: 0 random, 100 the data's expert")
     left.legend(fontsize=8, loc="lower right")
 
-    sweep = {}
-    for row in finals:
-        if row["algorithm"] == "awac":
-            sweep.setdefault(row["temperature"], []).append(row["offline_score"])
-    if sweep:
-        x = sorted(sweep)
-        mean, low, high = np.array([interval(sweep[t]) for t in x]).T
-        for t in x:
-            right.plot([t] * len(sweep[t]), sweep[t], ".", color="#D55E00", alpha=0.4, ms=4)
-        right.errorbar(x, mean, [mean - low, high - mean], fmt="-o", color="#D55E00", ms=4)
-        right.set_xscale("log")
-    for algorithm in ("bc", "filtered_bc"):
-        scores = [r["offline_score"] for r in finals if r["algorithm"] == algorithm]
-        if scores:
-            right.axhline(np.mean(scores), color=AWAC_STYLES[algorithm][0], ls="--", lw=1)
-            right.annotate(algorithm, (0.01, np.mean(scores)), fontsize=8, va="bottom",
-                           xycoords=("axes fraction", "data"))  # fmt: skip
-    right.set(xlabel="temperature λ", ylabel="score after the offline phase")
-    figure.savefig(RESULTS / "awac.png", dpi=90)
+    scores = {}
+    for row in sorted(where(finals, algorithm="awac"), key=lambda row: row["lam"]):
+        scores.setdefault(row["lam"], []).append(row["offline_score"])
+    for lam, group in scores.items():
+        right.plot([lam] * len(group), group, ".", color=COLOURS["r"], alpha=0.4, ms=4)
+    draw_means(right, list(scores), scores.values(), "ro-", ms=4)
+    for name, style, rows in split(
+        finals, {name: ALGORITHMS[name] for name in ("bc", "filtered_bc")}
+    ):
+        line = {"color": COLOURS[style[0]], "ls": "--", "lw": 1}
+        draw_level(right, values_of(rows, "offline_score").mean(), name, 0.01, line, color="black")
+    right.set(xscale="log", xlabel="temperature λ", ylabel="score after the offline phase")
+    return figure
 
 
-def awac_table(finals):
+def awac_table(curves, finals):
     """Scores of each algorithm: mean over seeds and its interval."""
-    finals = [row for row in finals if row["total_steps"]]
-    steps = max(int(row["total_steps"]) for row in finals)
-    columns = ("offline_score", "worst_online_dip", "online_score")
-    lines = ["| algorithm | offline score | worst dip, first 2,000 online steps | final score |"
-             " final return | minutes |", "|---|---|---|---|---|---|"]  # fmt: skip
-    for algorithm in AWAC_STYLES:
-        runs = [row for row in finals if row["algorithm"] == algorithm]
-        if not runs:
-            continue
-        cells = []
-        for column in columns:
-            values = [row[column] for row in runs if not np.isnan(row[column])]
-            mean, low, high = interval(values) if values else (None, None, None)
-            cells.append(f"{mean:.1f} [{low:.1f}, {high:.1f}]" if values else "-")
-        mean, low, high = interval([row["eval_return_mean"] for row in runs])
-        cells.append(f"{mean:.2f} [{low:.2f}, {high:.2f}]")
-        cells.append(f"{np.median([row['minutes'] for row in runs]):.1f}")
-        lines.append(f"| `{algorithm}` | " + " | ".join(cells) + " |")
-    seeds = ", ".join(map(str, sorted({int(row["seed"]) for row in finals})))
-    return [*lines, "", f"Mean and 95 % bootstrap interval, seeds {seeds}; {steps:,} online steps."]
+    finals, lines = [row for row in finals if row["total_steps"]], []
+    for algorithm, _, rows in split(finals, ALGORITHMS):
+        scores = ("offline_score", "worst_online_dip", "online_score")
+        cells = [mean(rows, name, 1) for name in scores] + [mean(rows, RETURN, 2), minutes(rows)]
+        lines.append([f"`{algorithm}`", *cells])
+    titles = "algorithm | offline score | worst dip, first 2,000 online steps | final score"
+    steps = f"{int(max(values_of(finals, 'total_steps'))):,} online steps"
+    below = f"Mean and 95 % bootstrap interval, seeds {seeds(finals)}; {steps}."
+    return table(f"{titles} | final return | minutes", lines, below)
 
 
-CURL_STYLES = {  # letters as in the ablation's usual order
-    "state": ("#000000", "-"),
-    "pixel": ("#56B4E9", "-."),
-    "rad": ("#0072B2", "-"),
-    "curl": ("#D55E00", "-"),
-    "curl_unaugmented_sac": ("#E69F00", "--"),
-    "contrastive_only": ("#CC79A7", ":"),
-}
-PROBED = ("agent", "target", "relative_position", "target_velocity", "distractors")
-
-
-def curl_figure(rows, finals):
+def curl_figure(curves, finals):
     """Above: return against steps, per mode. Below: what a linear probe reads off each code."""
-    numbers = sorted({int(row["distractors"]) for row in finals})
-    figure = Figure(figsize=(1 + 5.5 * len(numbers), 7.5), layout="constrained")
-    above, below = figure.subplots(2, len(numbers), squeeze=False)
-    for axis, bars, distractors in zip(above, below, numbers):
-        for mode, (colour, dashes) in CURL_STYLES.items():
-            if runs := runs_of(rows, mode=mode, distractors=distractors):
-                x, returns = values_of(runs, "step")[0] / 1000, values_of(runs, "eval_return")
-                draw_band(axis, x, returns, colour, dashes, mode)
-        for name, level in sprites_env.REFERENCE_RETURNS["follow"].items():
-            axis.axhline(level, color="grey", lw=0.7, ls=":", zorder=0)
-            axis.annotate(name, (0.01, level), xycoords=("axes fraction", "data"),
-                          color="grey", fontsize=8)  # fmt: skip
-        axis.set(xlabel="environment steps (thousands)", ylim=(26.5, 39.4))
-        axis.set_title(f"{distractors} distractors")
-
-        quantities = PROBED[: 5 if distractors else 4]
-        here = [row for row in finals if row["distractors"] == distractors]
-        series = {mode: ([r for r in here if r["mode"] == mode], "probe_r2", colour)
-                  for mode, (colour, _) in CURL_STYLES.items() if mode != "state"}  # fmt: skip
-        control = [r for r in here if r["mode"] == "curl"]
-        series["random encoder"] = (control, "probe_r2_random_encoder", "#BBBBBB")
-        series["raw pixels"] = (control, "probe_r2_pixels", "#777777")
-        for i, (label, (runs, column, colour)) in enumerate(series.items()):
-            if runs:
-                values = np.array([[r[f"{column}_{q}"] for q in quantities] for r in runs])
-                at = np.arange(len(quantities)) + (i - 3) * 0.12
-                bars.bar(at, values.mean(0), 0.11, color=colour, label=label)
-                for seed in values:
-                    bars.plot(at, seed, "k.", ms=2)
-        bars.axhline(0, color="grey", lw=0.7)
-        bars.set_xticks(range(len(quantities)), [q.replace("_", "\n") for q in quantities])
-        bars.set(ylim=(-0.15, 1.35))
+    numbers = sorted(set(values_of(finals, "distractors")))
+    figure, (above, below) = panels(1 + 5.5 * len(numbers), 7.5, 2, len(numbers), 80, squeeze=False)
+    for axis, bars, d in zip(above, below, numbers):
+        draw_returns(axis, where(curves, distractors=d), MODES, 0.01, "_", va="baseline")
+        axis.set(xlabel=THOUSANDS, ylim=(26.5, 39.4), title=f"{d:.0f} distractors")
+        draw_probes(bars, where(finals, distractors=d))
     above[0].set_ylabel("return of a 40-step episode")
     above[0].legend(fontsize=8, loc="lower right")
     below[0].set_ylabel("held-out R² of a ridge probe")
     below[0].legend(fontsize=8, ncols=3, loc="upper center")
-    figure.savefig(RESULTS / "curl.png", dpi=80)
+    return figure
 
 
-def curl_table(finals):
+def draw_probes(axis, finals):
+    """R² of a probe of each code, of an untrained encoder's and of pixels: bars, seeds as dots."""
+    things = ["agent", "target", "relative_position", "target_velocity"]
+    things += ["distractors"] if finals[0]["distractors"] else []
+    bars = [(mode, mode, "", COLOURS[style[0]]) for mode, (style, _) in MODES.items()][1:]
+    bars += [("random encoder", "curl", "random_encoder_", "#BBBBBB")]
+    bars += [("raw pixels", "curl", "pixels_", "#777777")]
+    for i, (label, mode, code, colour) in enumerate(bars):
+        if rows := where(finals, mode=mode):
+            values = np.array([values_of(rows, f"probe_r2_{code}{thing}") for thing in things])
+            x = np.arange(len(things)) + (i - 3) * 0.12
+            axis.bar(x, values.mean(1), 0.11, color=colour, label=label)
+            axis.plot(x, values, "k.", ms=2)
+    axis.axhline(0, color="grey", lw=0.7)
+    axis.set_xticks(range(len(things)), [thing.replace("_", "\n") for thing in things])
+    axis.set(ylim=(-0.15, 1.35))
+
+
+def curl_table(curves, finals):
     """Returns of each mode: mean over seeds and its interval."""
-    lines = ["| | mode | 0 distractors | 2 distractors | top-1 at 0, 2 | minutes |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
-    for letter, mode in zip("abcdef", CURL_STYLES):
-        cells, accuracies, minutes = [], [], []
-        for distractors in (0, 2):
-            runs = [r for r in finals if (r["mode"], r["distractors"]) == (mode, distractors)]
-            if not runs:
-                cells.append("-")
-                continue
-            mean, low, high = interval([r["eval_return_mean"] for r in runs])
-            spread = f" [{low:.2f}, {high:.2f}]" if len(runs) > 1 else ""
-            cells.append(f"{mean:.2f}{spread} (n={len(runs)})")
-            accuracies.append(np.mean([r["contrastive_accuracy"] for r in runs]))
-            minutes += [r["minutes"] for r in runs]
-        if minutes:
-            cells.append(", ".join(f"{a:.2f}" for a in accuracies if not np.isnan(a)))
-            cells.append(f"{np.nanmedian(minutes):.1f}")  # a paused run has none
-            lines.append(f"| {letter} | `{mode}` | " + " | ".join(cells) + " |")
-    return lines
+    lines = []
+    for mode, _, rows in split(finals, MODES):
+        runs = [where(rows, distractors=d) for d in (0, 2)]
+        cells = [mean(r, RETURN, 2) + f" (n={len(r)})" * bool(r) for r in runs]
+        top1 = [values_of(r, "contrastive_accuracy").mean() for r in runs if r]
+        top1 = ", ".join(f"{share:.2f}" for share in top1 if not np.isnan(share))
+        letter = "abcdef"[list(MODES).index(mode)]
+        lines.append([letter, f"`{mode}`", *cells, top1, minutes(rows)])
+    return table("| mode | 0 distractors | 2 distractors | top-1 at 0, 2 | minutes", lines)
 
 
-RIG_STYLES = {  # (goals, goal fractions): label, colour, dashes
-    ("oracle", "0.2 0.4 0.4"): ("true positions", "#000000", "-"),
-    ("latent", "0.2 0.4 0.4"): ("latent, mixed relabelling", "#D55E00", "-"),
-    ("pixel", "0.2 0.4 0.4"): ("distance between pixels", "#0072B2", "--"),
-    ("latent", "0.2 0 0.8"): ("latent, future only", "#009E73", "-."),
-    ("latent", "0.2 0.8 0"): ("latent, prior only", "#E69F00", "--"),
-    ("latent", "1 0 0"): ("latent, none", "#CC79A7", ":"),
-}
-
-
-def rig_figure(rows, finals):
+def rig_figure(curves, finals):
     """Final distance against steps: reach (rewards, then relabelling), push (block and agent)."""
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
-    axes = figure.subplots(1, 3)
-    mixed = "0.2 0.4 0.4"
-    panels = [  # task, whose distance, configurations
-        ("reach", "agent", [(g, mixed) for g in ("oracle", "latent", "pixel")]),
-        ("reach", "agent", [key for key in RIG_STYLES if key[0] == "latent"]),
-        ("push", "block", [(g, mixed) for g in ("oracle", "latent")]),
-        ("push", "agent", [(g, mixed) for g in ("oracle", "latent")]),
-    ]
-    for axis, (task, what, keys) in zip([*axes, axes[2]], panels):
-        for goals, fractions in keys:
-            label, colour, dashes = RIG_STYLES[goals, fractions]
-            if task == "push":
-                label = f"{what}, {label.split(',')[0]}"
-                dashes = "-" if what == "block" else ":"
-            if runs := runs_of(rows, task=task, goals=goals, goal_fractions=fractions):
-                x, values = (
-                    values_of(runs, "step")[0] / 1000,
-                    values_of(runs, f"final_{what}_distance"),
-                )
-                draw_band(axis, x, values, colour, dashes, label)
-    for axis, task, title in zip(axes, ("reach", "reach", "push"),
-                                 ("reach: rewards", "reach: relabelling", "push")):  # fmt: skip
-        what = "block" if task == "push" else "agent"
-        levels = [r[f"untouched_{what}_distance"] for r in finals if r["task"] == task]
-        if levels:
-            axis.axhline(levels[0], color="grey", lw=0.8, ls="--")
-            axis.annotate(f"{what}, untouched", (0.98, levels[0]), ha="right", va="bottom",
-                          xycoords=("axes fraction", "data"), color="grey", fontsize=8)  # fmt: skip
-        axis.set(xlabel="environment steps (thousands)", title=title)
-        axis.set_ylim(0, 0.45)
+    figure, axes = panels(11, 3.8, 1, 3)
+    true, mixed, pixels, *others = GOALS
+    shown = {  # title: task, whose distance, configurations
+        "reach: rewards": ("reach", ["agent"], (true, mixed, pixels)),
+        "reach: relabelling": ("reach", ["agent"], (mixed, *others)),
+        "push": ("push", ["block", "agent"], (true, mixed)),
+    }
+    for axis, (title, (task, whose, labels)) in zip(axes, shown.items()):
+        styles, here = {label: GOALS[label] for label in labels}, where(curves, task=task)
+        for what in whose:
+            for label, style, rows in split(here, styles):
+                if task == "push":
+                    label = f"{what}, {label.split(',')[0]}"
+                    style = style[0] + ("-" if what == "block" else ":")
+                draw_curve(axis, rows, f"final_{what}_distance", label, style)
+        for row in where(finals, task=task)[:1]:
+            level, name = row[f"untouched_{whose[0]}_distance"], f"{whose[0]}, untouched"
+            draw_level(axis, level, name, 0.98, {"lw": 0.8, "ls": "--"})
+        axis.set(xlabel=THOUSANDS, title=title, ylim=(0, 0.45))
         axis.legend(fontsize=8)
     axes[0].set_ylabel("final distance to the goal (frame widths)")
-    figure.savefig(RESULTS / "rig.png", dpi=90)
+    return figure
 
 
-def rig_table(finals):
+def rig_table(curves, finals):
     """Final distances of each configuration: mean over seeds and its interval."""
-    lines = ["| task | z and reward | agent's distance | block's distance | success | worst seed |"
-             " probe R² | minutes | seeds |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for task in ("reach", "push"):
-        counts = "block" if task == "push" else "agent"
-        for key, (label, *_) in RIG_STYLES.items():
-            runs = [
-                r for r in finals if (r["task"], r["goals"], r["goal_fractions"]) == (task, *key)
-            ]
-            if not runs:
-                continue
-            cells = []
-            for column in ("agent", "block"):
-                mean, low, high = interval([r[f"final_{column}_distance"] for r in runs])
-                shown = column == "agent" or task == "push"
-                spread = f" [{low:.3f}, {high:.3f}]" if len(runs) > 1 else ""
-                cells.append(f"{mean:.3f}{spread}" if shown else "")
-            cells.append(f"{100 * np.mean([r['success_rate'] for r in runs]):.0f} %")
-            cells.append(f"{max(r[f'final_{counts}_distance'] for r in runs):.3f}")
-            probe = np.mean([r["probe_r2_agent" if task == "reach" else "probe_r2"] for r in runs])
-            cells.append("" if np.isnan(probe) else f"{probe:.3f}")
-            cells += [f"{np.median([r['minutes'] for r in runs]):.1f}", str(len(runs))]
-            lines.append(f"| {task} | {label} | " + " | ".join(cells) + " |")
-    return lines
+    lines = []
+    for task, what, probe in (("reach", "agent", "probe_r2_agent"), ("push", "block", "probe_r2")):
+        for label, _, rows in split(where(finals, task=task), GOALS):
+            block = mean(rows, "final_block_distance", 3) if task == "push" else ""
+            success = f"{100 * values_of(rows, 'success_rate').mean():.0f} %"
+            worst = f"{values_of(rows, f'final_{what}_distance').max():.3f}"
+            r2 = [f"{value:.3f}" for value in [values_of(rows, probe).mean()] if value == value]
+            cells = [task, label, mean(rows, "final_agent_distance", 3), block, success, worst]
+            lines.append([*cells, "".join(r2), minutes(rows), str(len(rows))])
+    titles = "task | z and reward | agent's distance | block's distance | success | worst seed"
+    return table(f"{titles} | probe R² | minutes | seeds", lines)
 
 
-def speed_tables(measured):
-    """What throughput.py measured: {name of a table in the README: its lines}."""
+def from_scratch(rows):
+    """Six runs' policies from scratch: beside α₂ = 0 they are those of α₂ > 0 again."""
+    wanted = (SKILLS[label][1] for label in ("skills", "one-hot tasks"))
+    return [row for kind in wanted for row in where(rows, experiment="transfer", **kind)]
 
-    def lines(header, rows, digits=0):
-        text = lambda v: f"{v:,.{digits}f}" if isinstance(v, float) else str(v)  # noqa: E731
-        body = ["| " + " | ".join(map(text, row)) + " |" for row in rows]
-        return ["| " + " | ".join(header) + " |", "|---" * len(header) + "|", *body]
 
-    environment, vector = measured["environment"], measured["environment"]["vector"]
-    names = ("image, 1 distractors", "state, 1 distractors", "SyncVectorEnv, image, 1 distractor",
-             "writing the bytes alone")  # fmt: skip
-    rows = [["one `SpritesEnv`", environment["one SpritesEnv, image, 1 distractor"], "", "", ""]]
-    for row in vector:
-        cells = [float(f"{row[name]:.3g}") if name in row else "" for name in names]
-        rows.append([f"`SpritesVectorEnv`, {row['environments']}", *cells])
-    rows[0][1] = float(f"{rows[0][1]:.3g}")
-    header = ["steps per second, 1 thread, 1 distractor", "images", "states",
-              "images, gymnasium's `SyncVectorEnv`", "writing as many bytes"]  # fmt: skip
-    tables = {"speed of the environment": lines(header, rows)}
+def skill_figure(curves, finals):
+    """Library; equal and other tasks; transfer to both new tasks. Thick lines are medians: with
+    three seeds an interval would say no more, and success on a new task is all or nothing."""
+    figure, axes = panels(14, 3.8, 1, 4)
+    library, pairs = (where(curves, experiment=name) for name in ("library", "generality"))
+    lines = [  # panel, rows, column, label, style
+        (0, library, "success_rate", "success", "r-"),
+        (0, library, "identifiability_top1", "top-1 of 64", "b--"),
+        (1, pairs, "kl_1_2", "another goal", "b-"),
+        (1, pairs, "kl_1_4", "a third goal", "g-"),
+        (1, pairs, "kl_1_3", "the same goal", "r-"),
+    ]
+    for i, task in enumerate(NEW_TASKS, 2):
+        for label, style, rows in split(where(curves, experiment="transfer"), SKILLS):
+            lines.append((i, rows, f"skills_{task}", label, style))
+        lines.append((i, from_scratch(curves), f"scratch_{task}", "from scratch", "k:"))
+        axes[i].set(title=f"transfer: {task}", ylabel="success rate", ylim=(-0.02, 1.02))
+    for i, *line in lines:
+        draw_curve(axes[i], *line, band=False)
+    axes[0].axhline(1 / 64, color="grey", lw=0.8, ls=":")
+    axes[0].set(title="library: four goals", ylabel="share of episodes", ylim=(0, 1.02))
+    axes[1].set(title="generality: KL(task 1 ‖ task t)", ylabel="nats", yscale="log")
+    for axis in axes:
+        axis.set_xlabel(THOUSANDS)
+        axis.legend(fontsize=8)
+    return figure
 
-    rows = []
-    for row in measured["ppo"]:
-        encoder = row["encoder"]
-        share = [f"{100 * row.get(f'share {name}', 0):.0f} %" for name in
-                 ("environment", "forward, encoder", "backward", "optimiser")]  # fmt: skip
-        cells = [float(f"{row[f'steps/s, threads {n}']:.3g}") for n in (1, 2)]
-        rows.append([f"`{encoder}`", *cells, *share])
-    header = ["PPO, steps per second", "1 thread", "2 threads", "environment", "encoder forward",
-              "backward", "optimiser"]  # fmt: skip
-    tables["speed of PPO"] = lines(header, rows)
 
-    encoders = [name for name in measured["scaling"][0] if name != "environments"]
-    rows = [[row["environments"], *(float(f"{row[name]:.3g}") for name in encoders)]
-            for row in measured["scaling"]]  # fmt: skip
-    header = ["environments in lockstep", *(f"`{name}`" for name in encoders)]
-    tables["speed against environments"] = lines(header, rows)
-    rows = [[f"`{row['encoder']}`", *(float(f"{row[k]:.3g}") for k in ("ours", "ordinary")),
-             row["ratio"]] for row in measured["ordinary"]]  # fmt: skip
-    header = ["PPO, 2 threads", "this code", "the ordinary way", "ratio"]
-    tables["speed against ordinary code"] = lines(header, rows)
-    rates = {(row["objective"], row["threads"]): row["updates_per_second"]
-             for row in measured["pretraining"]}  # fmt: skip
-    rows = [[f"`{name}`", rates[name, 1], rates[name, 2]]
-            for name in ("reward_prediction", "image_reconstruction")]  # fmt: skip
-    header = ["pretraining, updates per second", "1 thread", "2 threads"]
-    tables["speed of pretraining"] = lines(header, rows)
+def library_table(curves, finals):
+    """What the library experiments found, seed by seed."""
+    lines, forms = [], {"success_rate": "2f", "worst_task": "2f", "identifiability_top1": "2f"}
+    forms |= {"solutions_found": "0f", "kl_duplicate": "1g", "kl_others": "1f"}
+    for experiment in ("library", "generality", "versatility"):
+        for embedding in ("gaussian", "bernoulli"):
+            if rows := where(finals, experiment=experiment, embedding=embedding):
+                cells = [each(rows, name, form) for name, form in forms.items()]
+                lines.append([experiment, embedding, *cells, minutes(rows)])
+    titles = r"experiment | p(z\|t) | success | worst task | top-1 of 64 | solutions found"
+    return table(f"{titles} | KL to the same task | KL to the others | minutes", lines)
+
+
+def transfer_table(curves, finals):
+    """What skills are worth on new tasks, run by run, beside policies from scratch."""
+    kinds = split(where(finals, experiment="transfer"), SKILLS)
+    actors = [(label, "skills", rows) for label, _, rows in kinds]
+    actors.insert(1, ("from scratch, six runs", "scratch", from_scratch(finals)))
+    lines = []
+    for task, (label, how, rows) in ((task, actor) for task in NEW_TASKS for actor in actors):
+        rates = each(rows, f"success_{how}_{task}", "2f")
+        steps = each(rows, f"steps_{how}_{task}", "0f", nan="never", between="; ")
+        ratios, chance = [], ""
+        if how == "skills":
+            chance = each(rows, f"success_random_{task}", "2f")
+            for row in rows:  # ">": scratch never got there
+                never = np.isnan(row[f"steps_scratch_{task}"])
+                ratio = each([row], f"transfer_steps_ratio_{task}", "1f")
+                ratios.append(("> " if never else "") + ratio if ratio else "-")
+        lines.append([task, label, rates, steps, ", ".join(ratios), chance])
+    titles = "new task | actor | success at the end | steps to 80 % | times fewer than scratch"
+    return table(f"{titles} | success of random choices", lines)
+
+
+def measured(row, *names):
+    """Three significant digits, as in 1,290,000; shares as per cent; nothing if not measured."""
+    for name in names:
+        value = row.get(name, "")
+        number = value if isinstance(value, str) else f"{float(f'{value:.3g}'):,.0f}"
+        yield f"{100 * value:.0f} %" if name.startswith("share") else number
+
+
+def speed_tables(results):
+    """What throughput.py measured: {name of a table: its lines}."""
+    alone = results["environment"]["one SpritesEnv, image, 1 distractor"]
+    lines = [["one `SpritesEnv`", *measured({"images": alone}, "images", "", "", "")]]
+    names = ("image, 1 distractors", "state, 1 distractors", "SyncVectorEnv, image, 1 distractor")
+    for row in results["environment"]["vector"]:
+        first = f"`SpritesVectorEnv`, {row['environments']}"
+        lines.append([first, *measured(row, *names, "writing the bytes alone")])
+    titles = "steps per second, 1 thread, 1 distractor | images | states"
+    titles += " | images, gymnasium's `SyncVectorEnv` | writing as many bytes"
+    tables = {"speed of the environment": table(titles, lines)}
+
+    names = [
+        f"share {name}" for name in ("environment", "forward, encoder", "backward", "optimiser")
+    ]
+    names = ["steps/s, threads 1", "steps/s, threads 2", *names]
+    lines = [[f"`{row['encoder']}`", *measured(row, *names)] for row in results["ppo"]]
+    titles = "PPO, steps per second | 1 thread | 2 threads | environment | encoder forward"
+    tables["speed of PPO"] = table(f"{titles} | backward | optimiser", lines)
+
+    names = [name for name in results["scaling"][0] if name != "environments"]
+    lines = [[str(row["environments"]), *measured(row, *names)] for row in results["scaling"]]
+    titles = " | ".join(["environments in lockstep", *(f"`{name}`" for name in names)])
+    tables["speed against environments"] = table(titles, lines)
+
+    names = ("ours", "ordinary", "ratio")
+    lines = [[f"`{row['encoder']}`", *measured(row, *names)] for row in results["ordinary"]]
+    titles = "PPO, 2 threads | this code | the ordinary way | ratio"
+    tables["speed against ordinary code"] = table(titles, lines)
+
+    lines = {}
+    for row in sorted(results["pretraining"], key=lambda row: row["threads"]):
+        line = lines.setdefault(row["objective"], [f"`{row['objective']}`"])
+        line += measured(row, "updates_per_second")
+    titles = "pretraining, updates per second | 1 thread | 2 threads"
+    tables["speed of pretraining"] = table(titles, lines.values())
     return tables
 
 
-SKILLS = {  # (embedding, whether skills were to be told apart): label, colour, dashes
-    ("gaussian", True): ("skills", "#D55E00", "-"),
-    ("gaussian", False): ("skills, α₂ = 0", "#0072B2", "--"),
-    ("one_hot", False): ("one-hot tasks", "#009E73", "-."),
+# --- Everything together ---------------------------------------------------------------------
+
+STUDIES = {  # what is made of its results: figures by file, tables by name
+    "ppo_encoder": {
+        "learning_curves.png": learning_curves,
+        "comparisons.png": comparisons,
+        "long_runs.png": long_runs,
+        "returns": returns_table,
+    },
+    "rp_pretrain": {"decoder_probe.png": decoder_probe, "pretraining": pretraining_table},
+    "awac": {"awac.png": awac_figure, "awac": awac_table},
+    "awac_narrow": {"awac, narrow data": awac_table},
+    "curl": {"curl.png": curl_figure, "contrastive learning": curl_table},
+    "rig": {"rig.png": rig_figure, "imagined goals": rig_table},
+    "skill": {
+        "skill.png": skill_figure,
+        "skills": library_table,
+        "transfer of skills": transfer_table,
+    },
 }
-SCRATCH = (("gaussian", True), ("one_hot", False))  # beside α₂ = 0 scratch is that of α₂ > 0 again
+PICTURES = {  # what runs have drawn: file in the results, and in runs/study/
+    "rollout.gif": "ppo_encoder/reward_prediction_d2_s1_n250000/rollout.gif",
+    "rig_imagined_goals.png": "rig/push_latent_0.2_0.4_0.4_s1/imagined_goals.png",
+    "rig_reached.png": "rig/push_latent_0.2_0.4_0.4_s1/reached.png",
+    "rig_latent_walk.png": "rig/push_latent_0.2_0.4_0.4_s1/latent_walk.png",
+    "rig_rollout.gif": "rig/push_latent_0.2_0.4_0.4_s1/rollout.gif",
+    "skill_library.png": "skill/library_gaussian_0.2_s1/skills.png",
+    "skill_generality.png": "skill/generality_gaussian_0.2_s1/skills.png",
+    "skill_versatility.png": "skill/versatility_bernoulli_0.5_s1/skills.png",
+    "skill_transfer.gif": "skill/transfer_gaussian_0.2_s1/rollout.gif",
+}
 
 
-def skill_runs(rows, experiment, embedding, apart):
-    """The runs of one configuration, paid for being told apart or not."""
-    rows = [row for row in rows if (row["alpha2"] > 0) == apart]
-    return runs_of(rows, experiment=experiment, embedding=embedding)
+def make(figures):
+    """{file: figure} of every figure, or {name: lines} of every table, whose results are there."""
+    made = {}
+    for study, outputs in STUDIES.items():
+        if (ROOT / RESULTS / f"{study}_final.csv").exists():
+            results = read(f"{study}.csv"), read(f"{study}_final.csv")
+            wanted = {name: f for name, f in outputs.items() if name.endswith(".png") == figures}
+            made |= {name: function(*results) for name, function in wanted.items()}
+    if not figures and (path := ROOT / RESULTS / "throughput.json").exists():
+        made |= speed_tables(json.loads(path.read_text()))
+    return made
 
 
-def draw_seeds(axis, runs, name, label, colour, dashes="-"):
-    """One column against steps: every seed, and their median (with three seeds an interval would
-    say no more, and success on a new task is all or nothing)."""
-    if runs:
-        x, values = values_of(runs, "step")[0] / 1000, values_of(runs, name)
-        axis.plot(x, values.T, dashes, color=colour, lw=0.7, alpha=0.5)
-        axis.plot(x, np.median(values, axis=0), dashes, color=colour, lw=1.8, label=label)
-
-
-def skill_figure(rows):
-    """Library; equal and other tasks; transfer to both new tasks."""
-    figure = Figure(figsize=(14, 3.8), layout="constrained")
-    learnt, equal, *new = figure.subplots(1, 4)
-    library = skill_runs(rows, "library", "gaussian", True)
-    draw_seeds(learnt, library, "success_rate", "success", "#D55E00")
-    draw_seeds(learnt, library, "identifiability_top1", "top-1 of 64", "#0072B2", "--")
-    learnt.axhline(1 / 64, color="grey", lw=0.8, ls=":")
-    learnt.set(title="library: four goals", ylabel="share of episodes", ylim=(0, 1.02))
-    pairs = skill_runs(rows, "generality", "gaussian", True)
-    for other, label, colour in ((2, "another goal", "#0072B2"), (4, "a third goal", "#009E73"),
-                                 (3, "the same goal", "#D55E00")):  # fmt: skip
-        draw_seeds(equal, pairs, f"kl_1_{other}", label, colour)
-    equal.set(title="generality: KL(task 1 ‖ task t)", ylabel="nats", yscale="log")
-    for axis, task in zip(new, ("interpolation", "sequencing")):
-        for (embedding, apart), style in SKILLS.items():
-            runs = skill_runs(rows, "transfer", embedding, apart)
-            draw_seeds(axis, runs, f"skills_{task}", *style)
-        scratch = [run for kind in SCRATCH for run in skill_runs(rows, "transfer", *kind)]
-        draw_seeds(axis, scratch, f"scratch_{task}", "from scratch", "#000000", ":")
-        axis.set(title=f"transfer: {task}", ylabel="success rate", ylim=(-0.02, 1.02))
-    for axis in figure.axes:
-        axis.set_xlabel("environment steps (thousands)")
-        axis.legend(fontsize=8)
-    figure.savefig(RESULTS / "skill.png", dpi=90)
-
-
-def skill_tables(finals):
-    """What the library experiments found, seed by seed; what skills are worth on new tasks."""
-    library = ["| experiment | p(z\\|t) | success | worst task | top-1 of 64 | solutions found |"
-               " KL to the same task | KL to the others | minutes |"]  # fmt: skip
-    library.append("|---|---|---|---|---|---|---|---|---|")
-    for experiment in ("library", "generality", "versatility"):
-        for embedding in ("gaussian", "bernoulli"):
-            runs = [run[0] for run in skill_runs(finals, experiment, embedding, True)]
-            if not runs:
-                continue
-
-            def each(column, form, runs=runs):
-                found = [run.get(column, np.nan) for run in runs]
-                return "" if np.isnan(found).all() else ", ".join(map(form.format, found))
-
-            cells = [experiment, embedding, each("success_rate", "{:.2f}")]
-            cells += [each("worst_task", "{:.2f}"), each("identifiability_top1", "{:.2f}")]
-            cells += [each("solutions_found", "{:.0f}"), each("kl_duplicate", "{:.1g}")]
-            cells += [each("kl_others", "{:.1f}")]
-            cells.append(f"{np.median([run['minutes'] for run in runs]):.1f}")
-            library.append("| " + " | ".join(cells) + " |")
-    transfer = ["| new task | actor | success at the end | steps to 80 % |"
-                " times fewer than scratch | success of random choices |",
-                "|---|---|---|---|---|---|"]  # fmt: skip
-    for task in ("interpolation", "sequencing"):
-        for (embedding, apart), (label, *_) in SKILLS.items():
-            runs = [run[0] for run in skill_runs(finals, "transfer", embedding, apart)]
-            scratch = [run for kind in SCRATCH for (run,) in skill_runs(finals, "transfer", *kind)]
-            actors = [(label, "skills", runs)]
-            actors += [("from scratch, six runs", "scratch", scratch)] if apart else []
-            for name, how, runs in actors:
-                rates = [f"{run[f'success_{how}_{task}']:.2f}" for run in runs]
-                steps = [run[f"steps_{how}_{task}"] for run in runs]
-                steps = ["never" if np.isnan(n) else f"{n:,.0f}" for n in steps]
-                cells = [task, name, ", ".join(rates), "; ".join(steps), "", ""]
-                if how == "skills":
-                    ratios = [run[f"transfer_steps_ratio_{task}"] for run in runs]
-                    never = [np.isnan(run[f"steps_scratch_{task}"]) for run in runs]
-                    cells[4] = ", ".join("-" if np.isnan(r) else f"{'> ' * int(n)}{r:.1f}"
-                                         for r, n in zip(ratios, never))  # fmt: skip
-                    chance = [f"{run[f'success_random_{task}']:.2f}" for run in runs]
-                    cells[5] = ", ".join(chance)
-                transfer.append("| " + " | ".join(cells) + " |")
-    return library, transfer
-
-
-def spread(values, digits):
-    """mean ± standard deviation as text."""
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f} (1 seed)"
-    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
+def fill(page, tables):
+    """The text of a page, with each table between its marks, if it has them."""
+    for name, lines in tables.items():
+        text = "\n".join(["", *lines, "", ""])
+        pattern = rf"(?s)(?<=<!-- table: {name} -->\n).*?(?=<!-- end -->)"
+        page = re.sub(pattern, lambda _, text=text: text, page)
+    return page
 
 
 def main():
-    """Draw everything and put the tables into the README."""
-    curve_rows, finals = read("ppo_encoder.csv"), read("ppo_encoder_final.csv")
-    long_runs(curve_rows)
-    runs = ROOT / "runs" / "study"
-    decoder_probe(runs)
-    for drawn, name in PICTURES.items():
-        if (runs / drawn).exists():
-            shutil.copy(runs / drawn, RESULTS / name)
-    usual = min(row["total_steps"] for row in finals)  # leave longer runs out
-    curve_rows = [row for row in curve_rows if row["total_steps"] == usual]
-    finals = [row for row in finals if row["total_steps"] == usual]
-    learning_curves(curve_rows)
-    comparisons(curve_rows, finals)
-    tables = {"returns": returns_table(finals, curve_rows)}
-    tables["pretraining"] = pretraining_table(read("rp_pretrain_final.csv"))
-    if (RESULTS / "awac_final.csv").exists():
-        runs = read("awac_final.csv")
-        awac_figure(read("awac.csv"), runs)
-        tables["awac"] = awac_table(runs)
-    if (RESULTS / "curl_final.csv").exists():
-        runs = read("curl_final.csv")
-        curl_figure(read("curl.csv"), runs)
-        tables["contrastive learning"] = curl_table(runs)
-    if (RESULTS / "rig_final.csv").exists():
-        runs = read("rig_final.csv")
-        rig_figure(read("rig.csv"), runs)
-        tables["imagined goals"] = rig_table(runs)
-    if (RESULTS / "skill_final.csv").exists():
-        skill_figure(read("skill.csv"))
-        tables["skills"], tables["transfer of skills"] = skill_tables(read("skill_final.csv"))
-    if (RESULTS / "awac_narrow_final.csv").exists():
-        tables["awac, narrow data"] = awac_table(read("awac_narrow_final.csv"))
-    if (RESULTS / "throughput.json").exists():
-        measured = json.loads((RESULTS / "throughput.json").read_text())
-        tables |= speed_tables(measured)
-    readme = (ROOT / "README.md").read_text()
-    for name, lines in tables.items():
-        pattern = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
-        readme = re.sub(pattern, lambda m, t="\n".join(lines): f"{m[1]}\n{t}\n\n{m[2]}", readme,
-                        flags=re.S)  # fmt: skip
-        print("\n".join(lines), "\n")
-    (ROOT / "README.md").write_text(readme)
+    """Draw everything, copy what runs have drawn, put the tables into the pages."""
+    for name, figure in make(figures=True).items():
+        if figure:
+            figure.savefig(ROOT / RESULTS / name)
+    for name, drawn in PICTURES.items():
+        if (ROOT / RUNS / drawn).exists():
+            shutil.copy(ROOT / RUNS / drawn, ROOT / RESULTS / name)
+    tables = make(figures=False)
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(fill(path.read_text(), tables))
+    print("\n\n".join("\n".join(lines) for lines in tables.values()))
 
 
 if __name__ == "__main__":

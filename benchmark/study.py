@@ -23,14 +23,16 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, RUNS = ROOT / "benchmark" / "results", Path("runs") / "study"
-ENCODERS = (
+Study = Literal["encoders", "single_task", "awac", "curl", "rig", "skill"]
+Encoder = Literal[
     "oracle",
     "reward_prediction",
     "reward_prediction_finetune",
@@ -38,18 +40,19 @@ ENCODERS = (
     "image_reconstruction_finetune",
     "image_scratch",
     "cnn",
-)
+]
+ENCODERS = get_args(Encoder)
 KEYS = {  # table of results: the flags that tell its runs apart
     "rp_pretrain": ("objective", "distractors", "seed"),
     "ppo_encoder": ("encoder", "distractors", "seed", "total_steps"),
     "rp_single_task": ("tasks", "distractors", "seed"),
-    "awac": ("algorithm", "temperature", "seed", "total_steps"),
+    "awac": ("algorithm", "lam", "seed", "total_steps"),
     "awac_narrow": ("algorithm", "mixture", "seed", "total_steps"),
     "curl": ("mode", "distractors", "seed"),
     "rig": ("task", "goals", "goal_fractions", "seed"),
     "skill": ("experiment", "embedding", "alpha2", "seed"),
 }
-TEMPERATURE, TEMPERATURES = 0.03, (0.1, 0.3, 1, 3, 10)  # of awac.py: its default, and others
+LAM, LAMS = 0.03, (0.1, 0.3, 1, 3, 10)  # λ of awac.py: its default, and others
 SCRIPTS = {
     "rp_single_task": "rp_pretrain",
     "awac_narrow": "awac",
@@ -62,16 +65,14 @@ RELABEL = {  # of rig_td3.py: shares of goals as practised, from the prior, from
     "prior": "0.2 0.8 0",
     "future": "0.2 0 0.8",
 }
-SHORT = {"distractors": "d", "seed": "s", "total_steps": "n", "temperature": "t"}
+SHORT = {"distractors": "d", "seed": "s", "total_steps": "n", "lam": "l"}
 
 
 @dataclass(frozen=True)
 class Args:
-    study: Literal["encoders", "single_task", "awac", "curl", "rig", "skill"] = (
-        "encoders"  # which of the studies
-    )
-    encoders: tuple[str, ...] = ENCODERS  # which of the seven (study of encoders)
-    distractors: tuple[int, ...] = (0, 1, 2)  # how many (studies of encoders, and of curl: 0, 2)
+    study: Study = "encoders"  # which of the studies
+    encoders: tuple[Encoder, ...] = ENCODERS  # which of the seven (study of encoders)
+    distractors: tuple[Literal[0, 1, 2], ...] = (0, 1, 2)  # how many (of encoders; of curl: 0, 2)
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # one run each; some studies take three at most
     total_steps: int = 250_000  # environment steps of each PPO run
     jobs: int = os.cpu_count() or 1  # processes at a time, one thread each
@@ -111,19 +112,14 @@ def plan(args):
 def plan_encoders(args):
     """Seven encoders, and the pretraining that four of them need."""
     jobs = []
-    for seed in args.seeds:
-        for distractors in args.distractors:
-            for encoder in args.encoders:
-                needs = None
-                if encoder.startswith(("reward_prediction", "image_reconstruction")):
-                    key = encoder.removesuffix("_finetune"), distractors, seed
-                    pretraining = Job("rp_pretrain", key)
-                    needs = pretraining.out / "encoder.pt"
-                    if pretraining not in jobs:
-                        jobs.append(pretraining)
-                jobs.append(
-                    Job("ppo_encoder", (encoder, distractors, seed, args.total_steps), needs)
-                )
+    for seed, distractors in product(args.seeds, args.distractors):
+        for encoder in args.encoders:
+            needs, pretrained = None, encoder.removesuffix("_finetune")
+            if pretrained in ("reward_prediction", "image_reconstruction"):
+                pretraining = Job("rp_pretrain", (pretrained, distractors, seed))
+                needs = pretraining.out / "encoder.pt"
+                jobs += [pretraining] if pretraining not in jobs else []
+            jobs.append(Job("ppo_encoder", (encoder, distractors, seed, args.total_steps), needs))
     return jobs
 
 
@@ -133,15 +129,13 @@ def plan_single_task(args):
 
 
 def plan_awac(args):
-    """Five algorithms, offline and then online; temperatures, offline only; narrow data."""
+    """Five algorithms, offline and then online; other λ, offline only; narrow data."""
     algorithms = ("awac", "bc", "filtered_bc", "sac", "sac_from_buffer")
-    keys = [(name, TEMPERATURE, seed, 20_000) for seed in args.seeds for name in algorithms]
-    keys += [("awac", t, seed, 0) for seed in args.seeds for t in TEMPERATURES]
+    keys = [(name, LAM, seed, 20_000) for seed in args.seeds for name in algorithms]
+    keys += [("awac", lam, seed, 0) for seed in args.seeds for lam in LAMS]
     jobs = [Job("awac", key) for key in keys]
-    narrow = "0.2 0.8 0"  # nobody acts at random
-    keys = [
-        (name, narrow, seed, 5_000) for seed in args.seeds for name in ("awac", "sac_from_buffer")
-    ]
+    narrow, pair = "0.2 0.8 0", ("awac", "sac_from_buffer")  # nobody acts at random
+    keys = [(name, narrow, seed, 5_000) for seed in args.seeds for name in pair]
     return jobs + [Job("awac_narrow", key) for key in keys]
 
 
@@ -279,23 +273,16 @@ def run(jobs, parallel):
 
 def main(args):
     """Plan, skip what is finished, then print or run."""
-    unknown = set(args.encoders) - set(ENCODERS)
-    if not set(args.distractors) <= {0, 1, 2} or args.jobs < 1:
-        raise SystemExit("error: --distractors are among 0, 1 and 2, --jobs at least 1")
-    if unknown:
-        raise SystemExit(
-            f"error: --encoders: {', '.join(unknown)} is none of {', '.join(ENCODERS)}"
-        )
+    if args.jobs < 1:
+        raise SystemExit("error: --jobs is at least 1")
     os.chdir(ROOT)
     jobs = plan(args)
     gather(jobs)
     left = [job for job in jobs if tuple(map(str, job.key)) not in finished(job.table)]
     needed = {job.needs for job in left}
-    left += [  # finished elsewhere, but the encoder is not on this machine
-        j
-        for j in jobs
-        if j not in left and j.out / "encoder.pt" in needed and not (j.out / "encoder.pt").exists()
-    ]
+    for job in jobs:  # finished elsewhere, but the encoder is not on this machine
+        path = job.out / "encoder.pt"
+        left += [job] if job not in left and path in needed and not path.exists() else []
     if args.stage != "all":
         table = {"pretrain": "rp_pretrain", "ppo": "ppo_encoder"}.get(args.stage)
         left = [job for job in left if job.table == table]

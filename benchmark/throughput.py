@@ -149,7 +149,7 @@ def one_ppo(encoder, threads, ordinary=False, envs=128):
     clock.wrap(ppo_encoder.ActorCritic, "features", "forward, encoder")
     clock.wrap(torch.Tensor, "backward", "backward")
     clock.wrap(torch.optim.Adam, "step", "optimiser")
-    clock.wrap(ppo_encoder, "evaluate", "evaluation")
+    clock.wrap(sprites_env, "evaluate", "evaluation")
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         path = None
         if encoder.startswith(("reward_prediction", "image_reconstruction")):
@@ -190,11 +190,6 @@ def be_ordinary(script, torch):
 
     import sprites_env
 
-    def prepare(args):
-        torch.set_num_threads(args.torch_threads)
-        torch.manual_seed(args.seed)
-        return torch.device("cpu")
-
     class Sync(gymnasium.vector.SyncVectorEnv):
         def __init__(self, num_envs, **options):
             makers = [lambda: sprites_env.SpritesEnv(**options)] * num_envs
@@ -214,13 +209,14 @@ def be_ordinary(script, torch):
     def as_float(obs):
         return obs.astype(np.float32) / 255 if obs.dtype == np.uint8 else obs
 
-    script.to_float = lambda frames, device: torch.as_tensor(frames)
+    script.to_tensor = lambda array, device: torch.as_tensor(array).float()
+    script.platform.libc_ver = lambda: ("", "")  # malloc stays as it is
     orthogonal = script.orthogonal_
 
     def orthogonal_(module, *args):
         return orthogonal(module, *args).to(memory_format=torch.contiguous_format)
 
-    script.prepare, script.orthogonal_ = prepare, orthogonal_
+    script.orthogonal_ = orthogonal_
     sprites_env.SpritesVectorEnv = Sync
 
 
@@ -230,17 +226,15 @@ def one_pretraining(objective, threads):
     import io
     import tempfile
 
-    import torch
-
     import rp_pretrain
 
-    stamps, step = [], torch.optim.RAdam.step
+    stamps, sample_batch = [], rp_pretrain.sample_batch
 
-    def stamped(self):
-        step(self)
+    def stamped(*args):  # each update begins with it
         stamps.append(time.perf_counter())
+        return sample_batch(*args)
 
-    torch.optim.RAdam.step = stamped
+    rp_pretrain.sample_batch = stamped
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         updates = 400
@@ -248,7 +242,7 @@ def one_pretraining(objective, threads):
             objective=objective, updates=updates, torch_threads=threads, out=folder
         )
         rp_pretrain.train(args)
-    seconds = np.sort(np.diff(stamps))[:-20]  # the longest pauses are the evaluations
+    seconds = np.sort(np.diff(stamps[1:]))[:-20]  # the longest pauses are the evaluations
     return {"updates_per_second": 1 / seconds.mean()}
 
 
