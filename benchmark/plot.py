@@ -627,9 +627,9 @@ def make(figures):
 def fill(page, tables):
     """The text of a page, with each table between its marks, if it has them."""
     for name, lines in tables.items():
-        text = "\n".join(["", *lines, "", ""])
-        pattern = rf"(?s)(?<=<!-- table: {name} -->\n).*?(?=<!-- end -->)"
-        page = re.sub(pattern, lambda _, text=text: text, page)
+        whole = "\n".join([f"<!-- table: {name} -->", "", *lines, "", "<!-- end -->"])
+        pattern = rf"(?s)<!-- table: {name} -->\n.*?<!-- end -->"
+        page = re.sub(pattern, lambda _, whole=whole: whole, page)
     return page
 
 

@@ -3,10 +3,11 @@
 import csv
 import importlib
 import json
-import sys
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import awac
 import curl
@@ -20,14 +21,24 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def study(monkeypatch, tmp_path):
+    """study.py in an empty folder."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmark"))
     module = importlib.import_module("study")
-    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "benchmark" / "results")
     monkeypatch.chdir(tmp_path)
     return module
 
 
-def test_plan(study):
+@pytest.fixture
+def plot(monkeypatch):
+    """plot.py, with the committed results."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmark"))
+    return importlib.import_module("plot")
+
+
+def test_plan(study, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(ppo_encoder, "load_encoder", lambda path, name: loaded.append(path))
     jobs = study.plan(study.Args())
     tables = [job.table for job in jobs]
     assert tables.count("ppo_encoder") == 7 * 3 * 5 and tables.count("rp_pretrain") == 2 * 3 * 5
@@ -37,6 +48,7 @@ def test_plan(study):
         script = {"ppo_encoder": ppo_encoder, "rp_pretrain": rp_pretrain}[job.table]
         args = script.tyro.cli(script.Args, args=job.command[2:])  # flags that the script knows
         assert args.seed == job.key[2] and args.torch_threads == 1
+    assert loaded == [job.needs.as_posix() for job in jobs if job.needs]
 
 
 def test_plans_of_the_other_studies(study):
@@ -54,7 +66,7 @@ def test_plans_of_the_other_studies(study):
         kind = embedding if embedding == "one_hot" else experiment
         assert alpha2 in (0, skill_embedding.USUAL[kind]["alpha2"])
     defaults = [j for j in plans["awac"] if j.table == "awac" and j.key[3]]
-    assert {j.key[1] for j in defaults} == {awac.Args.temperature}
+    assert {j.key[1] for j in defaults} == {awac.Args.lam}
     assert {j.key[3] for j in defaults} == {awac.Args.total_steps}
 
 
@@ -86,36 +98,78 @@ def test_gathering_is_complete_and_happens_once(study):
     assert len(study.finished("ppo_encoder")) == 4
 
 
-def test_figures_and_tables(study, monkeypatch, tmp_path):
+@pytest.mark.parametrize("flags", [["--encoders", "nonsense"], ["--distractors", "3"]])
+def test_bad_choices_are_refused(study, flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        study.tyro.cli(study.Args, args=flags)
+    assert stop.value.code == 2 and flags[1] in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="--jobs"):
+        study.main(study.Args(jobs=0))
+
+
+END = "<!-- end -->\n"
+
+
+def test_figures_and_tables(study, plot, monkeypatch, tmp_path, capsys):
     jobs = [j for j in study.plan(study.Args(seeds=(1, 2))) if j.table == "ppo_encoder"]
     for i, job in enumerate(jobs):
         finish(job, [30.0, 35.0 + 0.01 * i])
     study.gather(jobs)
+    names = ["agent_x", "agent_y", "target_x", "target_y"]
     with open(study.RESULTS / "rp_pretrain_final.csv", "w") as file:
-        names = ["agent_x", "agent_y", "target_x", "target_y"]
         file.write("objective,distractors,seed,mse,mse_image,minutes,")
         file.write(",".join(f"r2_{name}" for name in names) + "\n")
         file.write("reward_prediction,0,1,0.001,0.1,2,.9,.9,.9,.9\n")
         file.write("reward_prediction,0,2,0.003,0.1,2,.8,.8,.8,.8\n")
-    end = "<!-- end -->\n"
-    text = f"a\n<!-- table: returns -->\nold\n{end}b\n<!-- table: pretraining -->\n{end}"
-    (tmp_path / "README.md").write_text(text)
-    sys.modules.pop("plot", None)
-    plot = importlib.import_module("plot")
+    (study.RESULTS / "rp_pretrain.csv").write_text("objective,distractors,seed,step\n")
+    returns, pretraining = (f"<!-- table: {name} -->\n" for name in ("returns", "pretraining"))
+    pages = {"README.md": f"a\n{returns}old\n{END}b\n"}  # each gets the tables that it has marks of
+    pages["benchmark/README.md"] = f"c\n{pretraining}{END}d\n{returns}\nold\n\n{END}"
+    for name, text in pages.items():
+        (tmp_path / name).write_text(text)
+    film = study.RUNS / "ppo_encoder" / "reward_prediction_d2_s1_n250000" / "rollout.gif"
+    film.write_bytes(b"film")
     monkeypatch.setattr(plot, "ROOT", tmp_path)
-    monkeypatch.setattr(plot, "RESULTS", study.RESULTS)
     plot.main()
-    readme = (tmp_path / "README.md").read_text()
-    assert "old" not in readme and readme.startswith("a\n") and "\nb\n" in readme
-    assert "| `oracle` | 35.11 [35.00, 35.21]" in readme  # seeds 1 and 2: 35.00 and 35.21
-    assert "0.0020 ± 0.0014" in readme and "0.850 ± 0.071" in readme
+    short, long = (tmp_path / name for name in pages)
+    for page in (short, long):
+        assert "old" not in page.read_text()
+        assert "| `oracle` | 35.11 [35.00, 35.21]" in page.read_text()  # seeds: 35.00 and 35.21
+    assert short.read_text().startswith("a\n") and short.read_text().endswith(END + "b\n")
+    assert long.read_text().startswith("c\n") and END + "d\n" in long.read_text()
+    assert "0.0020 ± 0.0014" in long.read_text() and "0.850 ± 0.071" in long.read_text()
+    assert "0.0020" not in short.read_text()
     for name in ("learning_curves.png", "comparisons.png"):
         assert (study.RESULTS / name).stat().st_size > 10_000
+    assert (study.RESULTS / "rollout.gif").read_bytes() == b"film"
+    assert "decoder_probe.png stays as it is" in capsys.readouterr().out
+
+    before = {page: page.read_bytes() for page in (short, long)}
+    tables = {
+        name: made[name] for made in plot.STUDIES.values() for name in made if "." not in name
+    }
+    monkeypatch.setattr(plot, "STUDIES", {"ppo_encoder": {"returns": tables["returns"]}})
+    plot.main()
+    assert {page: page.read_bytes() for page in before} == before
 
 
-def test_interval():
-    sys.path.insert(0, str(ROOT / "benchmark"))
-    plot = importlib.import_module("plot")
+def test_decoders_are_drawn(plot, monkeypatch, tmp_path):
+    """From checkpoints of rp_pretrain.py, into one figure: four rows of six frames, twice."""
+    kinds = ("rp_single_task/agent_x", "rp_pretrain/reward_prediction")
+    for kind in (*kinds, "rp_pretrain/image_reconstruction"):
+        for distractors in (0, 2):
+            folder = tmp_path / plot.RUNS / f"{kind}_d{distractors}_s1"
+            folder.mkdir(parents=True)
+            states = {"encoder": rp_pretrain.Encoder(), "decoder": rp_pretrain.Decoder()}
+            states = {name: network.state_dict() for name, network in states.items()}
+            torch.save(states, folder / "checkpoint.pt")
+    monkeypatch.setattr(plot, "ROOT", tmp_path)
+    figure = plot.decoder_probe([], [])
+    assert [len(axis.images) for axis in figure.axes] == [1] * 48
+    assert figure.axes[12].get_ylabel() == "agent's x"
+
+
+def test_interval(plot):
     mean, low, high = plot.interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert mean == 3 and 1.6 < low < 2.1 and 3.9 < high < 4.4
     assert plot.interval([2.0, 2.0]) == (2, 2, 2)
@@ -127,22 +181,37 @@ def test_short_numbers(study):
     assert study.short(row) == expected
 
 
-def test_runs_are_told_apart(study):
-    plot = importlib.import_module("plot")
+def test_runs_are_told_apart(plot):
     columns = ("kind", "seed", "step", "y")
     table = [("a", 1, 20, 2.0), ("b", 1, 10, 9.0), ("a", 2, 10, 3.0), ("a", 1, 10, 1.0)]
     table.append(("a", 2, 20, 4.0))
-    runs = plot.runs_of([dict(zip(columns, row)) for row in table], kind="a")
+    rows = [dict(zip(columns, row)) for row in table]
+    runs = plot.runs_of(plot.where(rows, kind="a"))
     assert plot.values_of(runs, "y").tolist() == [[1, 2], [3, 4]]  # by seed, in order of steps
 
 
-def test_the_readme_shows_what_was_gathered(study, monkeypatch):
-    """Both tables of skills are those of the committed results, and all scratch runs are shown."""
-    plot = importlib.import_module("plot")
-    monkeypatch.setattr(plot, "RESULTS", ROOT / "benchmark" / "results")
-    readme = (ROOT / "README.md").read_text()
-    library, transfer = plot.skill_tables(plot.read("skill_final.csv"))
-    for line in library + transfer:
-        assert line in readme
-    (line,) = [line for line in transfer if line.startswith("| sequencing | from scratch")]
+def test_the_pages_show_what_was_gathered(plot):
+    """Every table is that of the committed results, benchmark/README.md has them all, and all
+    scratch runs are shown."""
+    tables = plot.make(figures=False)
+    marked = {}
+    for page in plot.PAGES:
+        text = (ROOT / page).read_text()
+        marked[page] = re.findall("<!-- table: (.*) -->", text)
+        assert plot.fill(text, tables) == text, f"python benchmark/plot.py changes {page}"
+    assert sorted(marked["benchmark/README.md"]) == sorted(tables)
+    assert "returns" in marked["README.md"] and set(marked["README.md"]) <= set(tables)
+    is_scratch = "| sequencing | from scratch"
+    (line,) = [line for line in tables["transfer of skills"] if line.startswith(is_scratch)]
     assert line.split("|")[4].count(";") == 5
+
+
+def test_links_of_the_results_lead_somewhere():
+    """Pictures are there, and the table of contents has every section under GitHub's name."""
+    text = (ROOT / "benchmark" / "README.md").read_text()
+    titles = re.findall(r"^##+ (.*)$", text, flags=re.M)
+    anchors = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+    assert re.findall(r"^ *- \[.*\]\(#(.*)\)$", text, flags=re.M) == anchors
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", text)
+    assert len(pictures) > 10
+    assert all((ROOT / "benchmark" / picture).exists() for picture in pictures)
