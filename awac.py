@@ -2,8 +2,8 @@
 
 What
     A dataset of episodes, few of them good, teaches a critic; the critic's advantages say which of
-    the logged actions to imitate. The policy never climbs the critic where nobody has acted, and
-    the same update goes on when online episodes join the data.
+    the logged actions to imitate. The policy is never asked to maximise the critic at actions that
+    nobody took, and the same update goes on when online episodes join the data.
     Baselines in the same loop: plain cloning, cloning of the best episodes, soft actor critic.
 
 Paper
@@ -13,7 +13,7 @@ Paper
 
 Algorithm
     data ← collect_dataset, or load_dataset     episodes of three kinds of behaviour
-    learn_offline: --offline-updates times
+    learn_offline: --offline-updates times update
         update_critic                           (3), (4): what the present policy is worth
         update_policy                           (2): imitate logged actions, weighted with (1)
     learn_online: until --total-steps
@@ -29,23 +29,25 @@ Equations
     (2)  θ ← argmin E[KL(π* ‖ π_θ)] ≈ argmax E_𝒟[w log π_θ(a|s)]
     (3)  y = r + γ (1 − terminated) V(s'),   V(s') = min Q̄(s',a'),   a' ~ π_θ
     (4)  φ ← argmin Σ E_𝒟[(Qᵢ(s,a) − y)²]
-    (5)  soft actor critic: θ ← argmin E[α log π_θ(a|s) − min Q(s,a)], and V(s') − α log π_θ(a'|s')
-    The constraint's derivative is −λ (log π − log π_β), so better actions get more weight; with
-    those terms flipped, as in some notes, exp(−A/λ) imitates the worst. λ → ∞ is cloning, λ → 0
-    greed. (2) is the forward direction of KL: it covers π*, and needs actions of the data 𝒟 only;
-    as in the paper, ≈ drops the normaliser of π*.
+    (5)  soft actor critic: θ ← argmin E[α log π_θ(a|s) − min Q(s,a)],
+         and in (3) V(s') = min Q̄(s',a') − α log π_θ(a'|s')
+    The constraint's derivative is −λ (log π − log π_β), so better actions get more weight; some
+    notes have the wrong sign. λ → ∞ is cloning, λ → 0 a greedy policy. (2) is the forward direction
+    of KL: it covers π*, and needs actions of the data 𝒟 only; as in the paper, ≈ drops π*'s
+    normaliser.
 
 Notation
-    N environments, T steps of an episode, B batch, M transitions, D size of an observation,
-    A (in shapes) size of an action, K objects in the frame.
+    π_β the policy that made the data 𝒟, π_θ ours, Q_φ the critic, Q̄ its slow copy, min the smaller
+    of the twins, prime: next step. In shapes: N environments, T steps of an episode, B batch, M
+    transitions, D size of an observation, A size of an action, K objects in the frame.
 
 Differs from the paper
     1. λ = 0.03 instead of 0.3 to 2: the scale of advantages decides, and here their standard
        deviation is 0.10 to 0.16. Batches of 256, two hidden layers of 128, learning rate 1e-3,
        10,000 offline updates instead of 1,024, 256, 3e-4, 25,000: minutes a run, not hours.
     2. γ = 0.9 instead of 0.99: episodes have 40 steps, and what an action is worth shows in few.
-    3. V(s) in (1) is min Q at the policy's mean action, not E_π[Q]; --value-estimate sample has one
-       sample of π there, as (3) has. The authors' code does the one or the other, too.
+    3. In (1) Q is the smaller of the twins, and V(s) that at the policy's mean action, not E_π[Q];
+       --value-estimate sample has one sample of π there, as (3) has. The authors' code has both.
     4. Weights are clipped at 100; the authors' softmax over the batch is --weighting softmax.
     5. No weight decay. States are standardised with mean and standard deviation of states of the
        dataset (also for --algorithm sac, which sees nothing else of it).
@@ -82,24 +84,18 @@ Try
 """
 
 import copy
-import ctypes
-import json
 import math
-import platform
-import subprocess
-import sys
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import gymnasium
 import numpy as np
 import torch
 import tyro
 from torch import nn
 
 import sprites_env
+from sprites_env import Run, require, require_positive
 
 Algorithm = Literal[
     "awac",  # cloning, weighted with exp(A/λ)
@@ -112,6 +108,8 @@ CLONING = ("bc", "filtered_bc")
 BEST_SHARE = 0.1  # of the episodes, for filtered_bc
 WEIGHT_CLIP = 100  # of the weights (1)
 LOG_STD_RANGE = (-6, 0)  # of the policy
+REPORT_EVERY = 500  # online steps
+DIP_STEPS = 2000  # online, within which the worst dip is looked for
 
 
 @dataclass(frozen=True)
@@ -272,8 +270,8 @@ class Encoder(nn.Module):
 
 
 def make_features(obs):
-    """Standardised states, or the standardised output of an encoder of images: a network, made for
-    observations like these, (M, D) or (M, 1, 64, 64), and its output's size."""
+    """(network, size of its output): standardises states, or what an encoder makes of images.
+    `obs`, (M, D) or (M, 1, 64, 64), sets the statistics."""
     encoder = Encoder() if obs.ndim == 4 else nn.Identity()
     with torch.no_grad():
         z = encoder(obs)
@@ -387,7 +385,7 @@ def update_critic(agent, batch, args):
 
 def update_policy(agent, batch, args):
     """One step of the policy on (2): imitate the logged actions, the better ones more. The critic
-    only tells the weights (1), and with cloning they are all 1."""
+    only gives the weights (1), which are constants, and with cloning all 1."""
     s, a, *_ = batch
     mean, log_std = agent.policy(s)
     weights, metrics = torch.ones(len(a), device=a.device), {}
@@ -406,7 +404,8 @@ def update_policy(agent, batch, args):
 
 
 def update_soft_policy(agent, batch, args):
-    """One step of the policy on (5): climb the critic, at actions of its own."""
+    """One step of the policy on (5): maximise Q, at actions of its own. This fills the critic's
+    .grad as well; its own zero_grad discards that."""
     s, *_ = batch
     mean, log_std = agent.policy(s)
     a_new = sample_gaussian(mean, log_std)
@@ -562,7 +561,8 @@ def learn_online(agent, replay, episodes, rng, report, args):
     """Rounds of an episode in each environment and as many updates as it had steps."""
     N, T, offline = args.num_envs, episodes.env.horizon, args.updates_offline
     steps = args.total_steps // (N * T) * N * T  # whole rounds
-    reports = {1 - offline, steps, *range(500, steps, 500)}
+    reports = {steps, *range(REPORT_EVERY, steps, REPORT_EVERY)}
+    reports |= set() if offline else {1}  # the first update of all
     for first in range(1, steps + 1, N * T):
         # act and store
         for _ in range(T):
@@ -641,108 +641,14 @@ def normalized_score(episode_return):
 def phase_scores(rows, args):
     """Scores at the end of each phase that there was, and the worst dip in between."""
     scores = {row["step"] - args.updates_offline: row["eval_score"] for row in rows}
-    dips = [scores[0] - score for step, score in scores.items() if 0 in scores and 0 < step <= 2000]
+    early = [score for step, score in scores.items() if 0 < step <= DIP_STEPS]
     offline, online = 0 in scores, max(scores) > 0
     summary = {"offline_score": scores[0]} if offline else {}
     summary |= {"online_score": scores[max(scores)]} if online else {}
-    summary |= {"worst_online_dip": max(dips)} if offline and online else {}
+    summary |= {"worst_online_dip": scores[0] - min(early)} if offline and online else {}
     return summary | ({"bc_score": scores[0]} if args.algorithm in CLONING else {})
 
 
-# --- Appendix: the run's folder, checks ------------------------------------------------------
-
-
-class Run:
-    """A run's device and folder. Files are written whole or not at all; summary.json, the last one,
-    says that the run has finished, and a finished run is left alone."""
-
-    def __init__(self, args, total):
-        self.rows, self.total, self.start = [], total, time.perf_counter()
-        self.folder = Path(args.out or Path("runs") / Path(__file__).stem / args.run_name)
-        finished = (self.folder / "summary.json").exists() and not args.overwrite
-        require(not finished, f"{self.folder} holds a finished run: --overwrite, or --out FOLDER")
-        cuda = args.device != "cpu" and torch.cuda.is_available()
-        require(cuda or args.device != "cuda", "--device cuda, but PyTorch finds no CUDA device")
-        self.device = torch.device("cuda" if cuda else "cpu")
-        torch.manual_seed(args.seed)
-        if args.torch_threads:
-            torch.set_num_threads(args.torch_threads)
-        if platform.libc_ver()[0] == "glibc":
-            # By default glibc returns large activations to the system after every update, and maps
-            # them anew, page by page: half of the time. TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD:
-            for option, value in ((-1, 1 << 30), (-2, 1 << 28), (-3, 1 << 30)):
-                ctypes.CDLL(None).mallopt(option, value)
-        commit = subprocess.getoutput(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD')
-        facts = {"arguments": asdict(args), "git_commit": commit if len(commit) == 40 else None}
-        facts |= {m.__name__: m.__version__ for m in (gymnasium, np, torch)}
-        facts |= {"python": platform.python_version(), "device": str(self.device)}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for name in ("summary.json", "checkpoint.pt", "curve.csv"):  # of an earlier run
-                (self.folder / name).unlink(missing_ok=True)
-            self.save("args.json", facts | {"threads": torch.get_num_threads()})
-        except OSError as error:
-            require(False, f"cannot write to {self.folder}: {error.strerror}")
-
-    def save(self, name, content):
-        """A dict as .json or .pt, a figure as .png, or a film as .gif."""
-        file = self.folder / f"unfinished_{name}"
-        if file.suffix == ".json":
-            file.write_text(json.dumps(content, indent=1))
-        elif file.suffix == ".pt":
-            torch.save(content, file)
-        elif file.suffix == ".png":
-            content.savefig(file)
-        else:
-            sprites_env.save_gif(file, content)
-        file.replace(self.folder / name)
-
-    def report(self, step, **metrics):
-        """A row of curve.csv, and a line of progress: on a terminal one line that changes."""
-        seconds = time.perf_counter() - self.start
-        speed, left = step / seconds, seconds * (self.total / step - 1)
-        row = {"step": step, "seconds": round(seconds, 2), "steps_per_second": round(speed, 1)}
-        self.rows.append(row | metrics)
-        with open(self.folder / "curve.csv", "a") as file:
-            if len(self.rows) == 1:
-                print(*self.rows[0], sep=",", file=file)
-            print(*self.rows[-1].values(), sep=",", file=file)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:4])
-        line = f"{step:,}/{self.total:,}  {speed:,.0f}/s  {left:.0f} s left  {shown}"
-        live = sys.stdout.isatty()
-        end = "" if live and step < self.total else "\n"
-        print(f"\r\033[K{line}" if live else line, end=end, flush=True)
-
-    def finish(self, summary, panels, x_label, levels=(), offline=0):
-        """curve.png (see sprites_env.draw_curve) and summary.json, whose content it returns."""
-        figure = sprites_env.draw_curve(self.rows, panels, x_label, levels, offline)
-        figure.suptitle(self.folder.name, fontsize=10)
-        self.save("curve.png", figure)
-        summary = summary | {"minutes": round((time.perf_counter() - self.start) / 60, 2)}
-        self.save("summary.json", summary)
-        return summary
-
-
-def require(condition, message):
-    """End with one line unless the condition holds."""
-    if not condition:
-        raise SystemExit(f"error: {message}")
-
-
-def require_positive(args, but=""):
-    """All numbers must be finite and positive; those named in `but`, and seeds, may be 0."""
-    for name, value in vars(args).items():
-        zero = name in ("seed", "torch_threads", "distractors", *but.split())
-        flag, least = name.replace("_", "-"), "0 or more" if zero else "positive"
-        for x in value if isinstance(value, tuple) else (value,):
-            if type(x) in (int, float):
-                good = math.isfinite(x) and (x > 0 or zero and x == 0)
-                require(good, f"--{flag} must be finite and {least}, not {x}")
-    require(args.seed < 10_000, f"--seed must be in 0 ... 9999, not {args.seed}")  # 10**9: held out
-
-
 if __name__ == "__main__":
-    try:
+    with sprites_env.one_line_errors():
         train(tyro.cli(Args, description=__doc__))
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted: curve.csv and checkpoint.pt hold what was reported, if anything")

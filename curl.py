@@ -4,9 +4,9 @@ What
     An encoder turns a stack of frames into a code z, for the critic; the actor reads the encoder's
     convolutions through a head of its own. Two random shifts of the same stack should get similar
     codes, those of other stacks in the batch different ones: this contrastive loss trains the
-    encoder next to the critic's. `--mode` switches, in one loop, what the claim rests on:
-    (a) state, (b) pixel: no augmentation, (c) rad: shifts, (d) curl: shifts and contrastive loss,
-    (e) curl_unaugmented_sac: shifts in that loss only, (f) contrastive_only: curl, but the critic's
+    encoder next to the critic's. `--mode` switches, in one loop, what the claim rests on: state;
+    pixel: no augmentation; rad: shifts; curl: shifts and the contrastive loss;
+    curl_unaugmented_sac: shifts in that loss only; contrastive_only: curl, but the critic's
     gradient stops at z.
 
 Paper
@@ -19,7 +19,7 @@ Algorithm
         act (at random at first), store             one step of N environments
         --updates times:
             batch ← sample_views                    stacks, shifted as the mode has it
-            update_critic_and_encoder               one step on (5), and on (2) in modes d, e, f
+            update_critic_and_encoder               one step on (5), and on (2) if contrastive
             every second time:
                 update_actor_and_temperature        one step on (6) and (7)
                 polyak_                             (3), and the same for the target critic
@@ -27,22 +27,23 @@ Algorithm
     probe                                           what a linear map reads off z, (9)
 
 Equations
-    (1)  ℓᵢⱼ = qᵢᵀ W kⱼ − maxⱼ' qᵢᵀ W kⱼ',   q = encoder(shift(s)),   k = encoder'(another shift(s))
-    (2)  encoder, W ← argmin −E[log softmax(ℓᵢ)ᵢ]: key i belongs to query i, the others do not
-    (3)  encoder' ← encoder' + τ' (encoder − encoder'), a slow copy that no gradient reaches
+    (1)  ℓᵢⱼ = qᵢᵀ W kⱼ − maxₗ qᵢᵀ W kₗ,   q = f(shift(s)) queries,   k = f̄(another shift(s)) keys
+    (2)  f, W ← argmin −E[log softmax(ℓᵢ)ᵢ]: key i belongs to query i, the others do not
+    (3)  f̄ ← f̄ + τ̄ (f − f̄), a slow copy that no gradient reaches
     (4)  y = r + γ (1 − terminated) V(s'),   V(s') = min Q̄(z',a') − α log π(a'|s'),   a' ~ π
-    (5)  Q, encoder ← argmin Σ E[(Qᵢ(z,a) − y)²]
-    (6)  π ← argmin E[α log π(a|s) − min Q(z,a)],   a ~ π; its convolutions are the encoder's
+    (5)  Q, f ← argmin Σ E[(Qᵢ(z,a) − y)²],   z = f(s)
+    (6)  π ← argmin E[α log π(a|s) − min Q(z,a)],   a ~ π; its convolutions are those of f
     (7)  log α ← argmin E[−α (log π(a|s) − A)]: the entropy is held near −A
     (8)  a = tanh(u), u ~ N(mean, sd²):   log π(a|s) = log N(u) − Σ log(1 − tanh²(u))
-    (9)  ŷ(x) = m + g(x)ᵀ (G + c I)⁻¹ (y − m),   R² = 1 − Σ (y' − ŷ(x'))² / Σ (y' − m')²: a ridge
-         regression with penalty c on data x, y of mean m, tested on data x', y' of mean m'; G and g
+    (9)  ŷ(x) = m + g(x)ᵀ (G + c I)⁻¹ (y − m),   R² = 1 − Σ (yₜ − ŷ(xₜ))² / Σ (yₜ − mₜ)²: a ridge
+         regression with penalty c on data x, y of mean m, tested on data xₜ, yₜ of mean mₜ; G and g
          are inner products of centred features, divided by the mean of G's diagonal
 
 Notation
-    N environments, T steps of an episode, B batch, S frames of a stack, Z code, A size of an
-    action, F outputs of the convolutions, K (in shapes) objects in the frame, E episodes and M
-    frames of each for the probe.
+    f the encoder, bars: slow copies, prime: next step, τ and τ̄ (--tau, --encoder-tau) how fast they
+    follow. N environments, T steps of an episode, B batch, S frames of a stack, Z size of the code,
+    A of an action, F of what the convolutions give, K objects, E episodes and M frames of the
+    probe.
 
 Differs from the paper
     1. One optimiser for critic, encoder and W, on the sum of both losses; the authors' release
@@ -87,24 +88,17 @@ Try
 """
 
 import copy
-import ctypes
-import json
 import math
-import platform
-import subprocess
-import sys
-import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
-import gymnasium
 import numpy as np
 import torch
 import tyro
 from torch import nn
 
 import sprites_env
+from sprites_env import Run, require, require_positive
 
 Mode = Literal["state", "pixel", "rad", "curl", "curl_unaugmented_sac", "contrastive_only"]
 SHIFTED = ("rad", "curl", "contrastive_only")  # modes in which soft actor critic sees shifts
@@ -126,7 +120,7 @@ class Args:
     learning_rate: float = 3e-3  # of Adam, falls linearly to zero
     gamma: float = 0.2  # discount factor
     tau: float = 0.01  # how fast the target critic follows
-    encoder_tau: float = 0.05  # τ', how fast the key encoder follows
+    encoder_tau: float = 0.05  # τ̄, how fast the key encoder follows
     alpha: float = 0.01  # α at the start, for rewards in units of their standard deviation
     frame_stack: int = 3  # frames that the encoder sees at once (S)
     pad: int = 4  # a shift is by at most this many pixels
@@ -242,7 +236,8 @@ class CURLAgent:
         self.actor = nn.Sequential(head(), SquashedActor(z_dim, args.hidden, action_dim)).to(device)
         self.W = nn.Parameter(torch.eye(z_dim, device=device))
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha), device=device))
-        self.key_encoder, self.critic_target = copy.deepcopy((self.encoder, self.critic))
+        self.key_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         contrast = [self.W] if args.mode in CONTRASTIVE else []
         learnt = [*self.critic.parameters(), *self.encoder.parameters(), *contrast]
         acting = [*self.actor.parameters(), self.log_alpha]
@@ -275,7 +270,7 @@ def random_shift(stacks, offsets, pad):
 
 
 def bilinear_logits(query, keys, W):
-    """ℓᵢⱼ = qᵢᵀ W kⱼ − maxⱼ' qᵢᵀ W kⱼ', eq. (1). query, keys (B, Z), W (Z, Z) -> (B, B).
+    """ℓᵢⱼ = qᵢᵀ W kⱼ − maxₗ qᵢᵀ W kₗ, eq. (1). query, keys (B, Z), W (Z, Z) -> (B, B).
 
     The maximum, there to keep exp(ℓ) finite, changes neither loss nor gradient."""
     assert query.shape == keys.shape
@@ -378,8 +373,9 @@ def update_critic_and_encoder(agent, batch, args):
 
 
 def update_actor_and_temperature(agent, h):
-    """One step of the actor on (6), of α on (7). h (B, F) is what the convolutions gave the critic,
-    without gradient: they learn from it, and not from the actor."""
+    """One step of the actor on (6), of α on (7). h (B, F) is what the convolutions gave, without
+    gradient: they learn from update_critic_and_encoder only. (6) fills the critic's .grad as well;
+    its own zero_grad discards that."""
     a, log_prob = sample_squashed(*agent.actor(h))
     q = agent.critic(agent.head(h).detach(), a).amin(0)
     loss = soft_actor_loss(q, log_prob, agent.log_alpha.exp().detach())
@@ -572,7 +568,8 @@ def train(args):
         if step <= args.first_update:
             action = rng.uniform(-1, 1, action.shape)
         successors, reward, terminated, truncated = episodes.step(action)
-        assert (terminated | truncated).all() == (terminated | truncated).any() == (step % T == 0)
+        ended = terminated | truncated
+        assert (ended == (step % T == 0)).all(), "all episodes must have T steps"
 
         # store
         replay.add(obs, action, reward, successors, terminated)
@@ -634,100 +631,6 @@ def probe_encoders(run, agent, random_encoder, args):
     return {names[name]: probe(code, states) for name, code in codes.items()}
 
 
-# --- Appendix: the run's folder, checks ------------------------------------------------------
-
-
-class Run:
-    """A run's device and folder. Files are written whole or not at all; summary.json, the last one,
-    says that the run has finished, and a finished run is left alone."""
-
-    def __init__(self, args, total):
-        self.rows, self.total, self.start = [], total, time.perf_counter()
-        self.folder = Path(args.out or Path("runs") / Path(__file__).stem / args.run_name)
-        finished = (self.folder / "summary.json").exists() and not args.overwrite
-        require(not finished, f"{self.folder} holds a finished run: --overwrite, or --out FOLDER")
-        cuda = args.device != "cpu" and torch.cuda.is_available()
-        require(cuda or args.device != "cuda", "--device cuda, but PyTorch finds no CUDA device")
-        self.device = torch.device("cuda" if cuda else "cpu")
-        torch.manual_seed(args.seed)
-        if args.torch_threads:
-            torch.set_num_threads(args.torch_threads)
-        if platform.libc_ver()[0] == "glibc":
-            # By default glibc returns large activations to the system after every update, and maps
-            # them anew, page by page: half of the time. TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD:
-            for option, value in ((-1, 1 << 30), (-2, 1 << 28), (-3, 1 << 30)):
-                ctypes.CDLL(None).mallopt(option, value)
-        commit = subprocess.getoutput(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD')
-        facts = {"arguments": asdict(args), "git_commit": commit if len(commit) == 40 else None}
-        facts |= {m.__name__: m.__version__ for m in (gymnasium, np, torch)}
-        facts |= {"python": platform.python_version(), "device": str(self.device)}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for name in ("summary.json", "checkpoint.pt", "curve.csv"):  # of an earlier run
-                (self.folder / name).unlink(missing_ok=True)
-            self.save("args.json", facts | {"threads": torch.get_num_threads()})
-        except OSError as error:
-            require(False, f"cannot write to {self.folder}: {error.strerror}")
-
-    def save(self, name, content):
-        """A dict as .json or .pt, a figure as .png, or a film as .gif."""
-        file = self.folder / f"unfinished_{name}"
-        if file.suffix == ".json":
-            file.write_text(json.dumps(content, indent=1))
-        elif file.suffix == ".pt":
-            torch.save(content, file)
-        elif file.suffix == ".png":
-            content.savefig(file)
-        else:
-            sprites_env.save_gif(file, content)
-        file.replace(self.folder / name)
-
-    def report(self, step, **metrics):
-        """A row of curve.csv, and a line of progress: on a terminal one line that changes."""
-        seconds = time.perf_counter() - self.start
-        speed, left = step / seconds, seconds * (self.total / step - 1)
-        row = {"step": step, "seconds": round(seconds, 2), "steps_per_second": round(speed, 1)}
-        self.rows.append(row | metrics)
-        with open(self.folder / "curve.csv", "a") as file:
-            if len(self.rows) == 1:
-                print(*self.rows[0], sep=",", file=file)
-            print(*self.rows[-1].values(), sep=",", file=file)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:4])
-        line = f"{step:,}/{self.total:,}  {speed:,.0f}/s  {left:.0f} s left  {shown}"
-        live = sys.stdout.isatty()
-        end = "" if live and step < self.total else "\n"
-        print(f"\r\033[K{line}" if live else line, end=end, flush=True)
-
-    def finish(self, summary, panels, x_label, levels=(), offline=0):
-        """curve.png (see sprites_env.draw_curve) and summary.json, whose content it returns."""
-        figure = sprites_env.draw_curve(self.rows, panels, x_label, levels, offline)
-        figure.suptitle(self.folder.name, fontsize=10)
-        self.save("curve.png", figure)
-        summary = summary | {"minutes": round((time.perf_counter() - self.start) / 60, 2)}
-        self.save("summary.json", summary)
-        return summary
-
-
-def require(condition, message):
-    """End with one line unless the condition holds."""
-    if not condition:
-        raise SystemExit(f"error: {message}")
-
-
-def require_positive(args, but=""):
-    """All numbers must be finite and positive; those named in `but`, and seeds, may be 0."""
-    for name, value in vars(args).items():
-        zero = name in ("seed", "torch_threads", "distractors", *but.split())
-        flag, least = name.replace("_", "-"), "0 or more" if zero else "positive"
-        for x in value if isinstance(value, tuple) else (value,):
-            if type(x) in (int, float):
-                good = math.isfinite(x) and (x > 0 or zero and x == 0)
-                require(good, f"--{flag} must be finite and {least}, not {x}")
-    require(args.seed < 10_000, f"--seed must be in 0 ... 9999, not {args.seed}")  # 10**9: held out
-
-
 if __name__ == "__main__":
-    try:
+    with sprites_env.one_line_errors():
         train(tyro.cli(Args, description=__doc__))
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted: curve.csv and checkpoint.pt hold what was reported, if anything")

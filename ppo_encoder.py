@@ -19,21 +19,23 @@ Algorithm
         rollout ← collect_rollout                   T steps of N environments with the present π
         Â ← generalized_advantages                  (1)
         --epochs times, in --minibatches parts:
-            update_actor_critic                     one step on (3) and (2), encoder included
+            update_actor_critic                     one step on (3) and (2); of the encoder, too,
+                                                    unless it is frozen
         twenty times in all: evaluate               200 held-out episodes, without noise
 
 Equations
-    (1)  Âₜ = δₜ + γλ (1 − endedₜ) Âₜ₊₁,   δₜ = rₜ + γ V(sₜ₊₁) − V(sₜ)
+    (1)  Âₜ = δₜ + γλ (1 − endedₜ) Âₜ₊₁,   δₜ = rₜ + γ (1 − terminatedₜ) V(sₜ₊₁) − V(sₜ)
     (2)  maximise  E[min(ρ Â, clip(ρ, 1 − ε, 1 + ε) Â)],   ρ = π(a|s) / π_old(a|s)
     (3)  minimise  E[(V(s) − (Â + V_old(s)))²]
 
 Notation
-    N environments, T steps of a rollout, B minibatch, Z size of the representation z, A action,
-    M = N T samples of the calibration, D dimensions of whatever is standardised.
+    s state or observation, a action, r reward, π the policy, V the critic's value. N environments,
+    T steps of a rollout, B minibatch, Z size of the representation z, A size of an action, K
+    objects in the frame, M = N T samples of the calibration, D dimensions of what is standardised.
 
 Differs from the paper
-    1. γ = 0.2 instead of 0.95-0.99. Chasing is a greedy business: the next reward tells all.
-       Looking further only adds noise to the advantages, which pixels pay for most.
+    1. γ = 0.2 instead of 0.95-0.99. Here the best action depends almost only on the next reward; a
+       larger γ adds variance to Â, which hurts encoders of images most.
     2. Learning rate 4e-3, 32 minibatches, 4 epochs instead of 3e-4 and 10 epochs: the convolutions
        need many and large steps. 250,000 environment steps instead of 2 to 5 million.
     3. z and the returns are standardised by constants measured in a first, random rollout, so
@@ -41,7 +43,9 @@ Differs from the paper
     4. Orthogonal initialisation everywhere, no batch normalisation (it makes the ratio differ
        from 1 before any learning), two hidden layers of 64 units in actor and critic, not 32.
     5. The 40-step limit truncates: it ends the advantage's trace, not the bootstrap.
-    6. All seven get one frame and the same settings, chosen for image_scratch and oracle. z has 64
+    6. Advantages are standardised in each minibatch, the gradient's norm is clipped, and there is
+       no entropy bonus.
+    7. All seven get one frame and the same settings, chosen for image_scratch and oracle. z has 64
        numbers, but 1,024 with cnn, and 8 to 16 with oracle.
 
 Run
@@ -67,24 +71,20 @@ Try
     3. Delete the line with `orthogonal_` in `Encoder`, run --encoder image_scratch --out runs/init.
 """
 
-import ctypes
-import json
 import math
-import platform
 import subprocess
 import sys
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import gymnasium
 import numpy as np
 import torch
 import tyro
 from torch import nn
 
 import sprites_env
+from sprites_env import Run, require, require_positive
 
 Input = Literal[
     "oracle",  # the objects' states
@@ -96,7 +96,8 @@ Input = Literal[
     "reward_prediction_finetune",  # the same, trained on
 ]
 PRETRAINED = ("image_reconstruction", "reward_prediction")
-FROZEN = ("oracle", *PRETRAINED)  # z never changes
+INITIAL_LOG_STD = -0.5  # of the policy
+FROZEN = ("oracle", *PRETRAINED)  # z of an observation never changes
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,8 @@ class Args:
             useful = self.encoder.startswith(PRETRAINED)
             require(useful, f"--encoder-path is of no use to --encoder {self.encoder}")
             load_encoder(self.encoder_path, self.encoder)
+            kept = Path(self.out or "").resolve() != Path(self.encoder_path).resolve().parent
+            require(kept, "--out must not be the folder of --encoder-path, which would be emptied")
 
     @property
     def environment(self):
@@ -222,6 +225,8 @@ def load_encoder(path, name):
         if saved["batch_norm"]:
             encoder.convolutions = batch_normalized(encoder.convolutions)
         encoder.load_state_dict(saved["encoder"])
+        if not all(x.isfinite().all() for x in encoder.state_dict().values()):
+            raise ValueError("its numbers are not finite")
     except Exception as error:  # missing, not a checkpoint, or of another architecture
         reason = " ".join(str(error).split())[:100]
         raise SystemExit(f"error: {path} is no file for --encoder {name}: {reason}") from None
@@ -270,7 +275,7 @@ class ActorCritic(nn.Module):
         self.standardize, self.return_scale = Standardize(z), Standardize(returns)
         self.actor, self.critic = mlp(z.shape[1], 64, action_dim), mlp(z.shape[1], 64, 1)
         nn.init.orthogonal_(self.actor[-1].weight, 0.01)  # start with actions around zero
-        self.log_std = nn.Parameter(torch.full((action_dim,), -0.5))
+        self.log_std = nn.Parameter(torch.full((action_dim,), INITIAL_LOG_STD))
 
     def features(self, obs):  # uint8 (B, 1, 64, 64), or states (B, 4 K); arrays or tensors
         return self.standardize(self.encoder(to_tensor(obs, self.log_std.device)))  # (B, Z)
@@ -293,10 +298,10 @@ def gaussian_log_prob(actions, mean, log_std):
 
 
 def generalized_advantages(rewards, values, next_values, ended, gamma, lam):
-    """Âₜ = δₜ + γλ (1 − endedₜ) Âₜ₊₁ with δₜ = rₜ + γ V(sₜ₊₁) − V(sₜ), eq. (1).
+    """Âₜ = δₜ + γλ (1 − endedₜ) Âₜ₊₁, δₜ = rₜ + γ V(sₜ₊₁) − V(sₜ), eq. (1).
 
-    All (T, N). `next_values` are those of the state that followed, the last one of an episode
-    included: a time limit ends the trace (`ended` 1), not the bootstrap."""
+    All (T, N). `next_values` are those of the state that followed, 0 if it is terminal. A time
+    limit ends the trace (`ended` 1), not the bootstrap: its last state has a value."""
     delta = rewards + gamma * next_values - values
     advantages, following = torch.zeros_like(delta), torch.zeros_like(delta[0])
     for t in reversed(range(len(delta))):
@@ -380,7 +385,8 @@ def calibrate(encoder, episodes, steps, args, device):
 @torch.no_grad()
 def collect_rollout(model, episodes, args):
     """T steps with the present policy: x (observations or, if the encoder is frozen, z), actions,
-    log_probs, rewards, values, next_values and ended, each (T, N, ...)."""
+    log_probs, rewards, values, next_values and ended, each (T, N, ...). Without gradient: in the
+    update, π_old and V_old are constants."""
     frozen, device, rollout = args.encoder in FROZEN, model.log_std.device, []
     z = model.features(episodes.obs)
     for _ in range(args.rollout_steps):
@@ -461,100 +467,6 @@ def train(args):
     return run.finish(summary, panels, "environment steps", levels)
 
 
-# --- Appendix: the run's folder, checks ------------------------------------------------------
-
-
-class Run:
-    """A run's device and folder. Files are written whole or not at all; summary.json, the last one,
-    says that the run has finished, and a finished run is left alone."""
-
-    def __init__(self, args, total):
-        self.rows, self.total, self.start = [], total, time.perf_counter()
-        self.folder = Path(args.out or Path("runs") / Path(__file__).stem / args.run_name)
-        finished = (self.folder / "summary.json").exists() and not args.overwrite
-        require(not finished, f"{self.folder} holds a finished run: --overwrite, or --out FOLDER")
-        cuda = args.device != "cpu" and torch.cuda.is_available()
-        require(cuda or args.device != "cuda", "--device cuda, but PyTorch finds no CUDA device")
-        self.device = torch.device("cuda" if cuda else "cpu")
-        torch.manual_seed(args.seed)
-        if args.torch_threads:
-            torch.set_num_threads(args.torch_threads)
-        if platform.libc_ver()[0] == "glibc":
-            # By default glibc returns large activations to the system after every update, and maps
-            # them anew, page by page: half of the time. TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD:
-            for option, value in ((-1, 1 << 30), (-2, 1 << 28), (-3, 1 << 30)):
-                ctypes.CDLL(None).mallopt(option, value)
-        commit = subprocess.getoutput(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD')
-        facts = {"arguments": asdict(args), "git_commit": commit if len(commit) == 40 else None}
-        facts |= {m.__name__: m.__version__ for m in (gymnasium, np, torch)}
-        facts |= {"python": platform.python_version(), "device": str(self.device)}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for name in ("summary.json", "checkpoint.pt", "curve.csv"):  # of an earlier run
-                (self.folder / name).unlink(missing_ok=True)
-            self.save("args.json", facts | {"threads": torch.get_num_threads()})
-        except OSError as error:
-            require(False, f"cannot write to {self.folder}: {error.strerror}")
-
-    def save(self, name, content):
-        """A dict as .json or .pt, a figure as .png, or a film as .gif."""
-        file = self.folder / f"unfinished_{name}"
-        if file.suffix == ".json":
-            file.write_text(json.dumps(content, indent=1))
-        elif file.suffix == ".pt":
-            torch.save(content, file)
-        elif file.suffix == ".png":
-            content.savefig(file)
-        else:
-            sprites_env.save_gif(file, content)
-        file.replace(self.folder / name)
-
-    def report(self, step, **metrics):
-        """A row of curve.csv, and a line of progress: on a terminal one line that changes."""
-        seconds = time.perf_counter() - self.start
-        speed, left = step / seconds, seconds * (self.total / step - 1)
-        row = {"step": step, "seconds": round(seconds, 2), "steps_per_second": round(speed, 1)}
-        self.rows.append(row | metrics)
-        with open(self.folder / "curve.csv", "a") as file:
-            if len(self.rows) == 1:
-                print(*self.rows[0], sep=",", file=file)
-            print(*self.rows[-1].values(), sep=",", file=file)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:4])
-        line = f"{step:,}/{self.total:,}  {speed:,.0f}/s  {left:.0f} s left  {shown}"
-        live = sys.stdout.isatty()
-        end = "" if live and step < self.total else "\n"
-        print(f"\r\033[K{line}" if live else line, end=end, flush=True)
-
-    def finish(self, summary, panels, x_label, levels=(), offline=0):
-        """curve.png (see sprites_env.draw_curve) and summary.json, whose content it returns."""
-        figure = sprites_env.draw_curve(self.rows, panels, x_label, levels, offline)
-        figure.suptitle(self.folder.name, fontsize=10)
-        self.save("curve.png", figure)
-        summary = summary | {"minutes": round((time.perf_counter() - self.start) / 60, 2)}
-        self.save("summary.json", summary)
-        return summary
-
-
-def require(condition, message):
-    """End with one line unless the condition holds."""
-    if not condition:
-        raise SystemExit(f"error: {message}")
-
-
-def require_positive(args, but=""):
-    """All numbers must be finite and positive; those named in `but`, and seeds, may be 0."""
-    for name, value in vars(args).items():
-        zero = name in ("seed", "torch_threads", "distractors", *but.split())
-        flag, least = name.replace("_", "-"), "0 or more" if zero else "positive"
-        for x in value if isinstance(value, tuple) else (value,):
-            if type(x) in (int, float):
-                good = math.isfinite(x) and (x > 0 or zero and x == 0)
-                require(good, f"--{flag} must be finite and {least}, not {x}")
-    require(args.seed < 10_000, f"--seed must be in 0 ... 9999, not {args.seed}")  # 10**9: held out
-
-
 if __name__ == "__main__":
-    try:
+    with sprites_env.one_line_errors():
         train(tyro.cli(Args, description=__doc__))
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted: curve.csv and checkpoint.pt hold what was reported, if anything")

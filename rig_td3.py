@@ -22,13 +22,14 @@ Algorithm
             relabelled_batch                       other goals (5), rewards (4)
             update_goal_critic                     one step on (8)
             every second time update_goal_actor    one step on (9); slow copies follow
-        see_again, every --finetune-every episodes: update_vae, then encode the replay anew
-    reach: images of held-out goals
+        see_again, every --finetune-every episodes update_vae, encode the replay, fit the prior (3)
+        every 2,000 steps: HeldOut.reach           images of goals that it has never seen
 
 Equations
-    (1)  VAE: minimise  E_q[−log p(s|z)] + β KL(q(z|s) ‖ N(0, I)),   q(z|s) = N(μ(s), σ²(s))
+    (1)  VAE: minimise  E_q[−log p(s|z)] + β KL(q(z|s) ‖ N(0, I)),   q(z|s) = N(μ(s), σ²(s)), and
+         p(s|z) has an independent Bernoulli for each pixel
     (2)  KL = ½ Σ (μ² + σ² − log σ² − 1)
-    (3)  prior of goals: z_g ~ N(mean, sd²) of μ(s) over the images, one dimension at a time
+    (3)  goals: z_g ~ N(mean, sd²) of μ(s) over the images, one dimension at a time
     (4)  reward: r(z', z_g) = −‖z' − z_g‖,   z' = μ(s') of the next image
     (5)  relabelling: z_g ← as practised, or from the prior, or μ of a later image of the episode
     (6)  TD3: a' = clip(π̄(z', z_g) + clip(ε, −c, c), −1, 1),   ε ~ N(0, σ_ε²)
@@ -37,16 +38,18 @@ Equations
     (9)  maximise  E[Q₁(z, z_g, π(z, z_g))]
 
 Notation
-    N environments, T steps of an episode, E episodes, B batch, M images, K objects in the frame,
-    Z size of z, A (in shapes) size of an action, D size of an observation.
+    s image, z its code, z_g a goal, a action, π the actor, Q the twin critics, bars: slow copies,
+    prime: next step. N environments, T steps of an episode, E episodes, B batch, M images (or
+    held-out goals), K objects in the frame, Z size of z, A (in shapes) of an action, D of an
+    observation.
 
 Differs from the paper
     1. β in (1) falls from 20 to 1 while the VAE trains; it multiplies a *sum* over z, beside a
        *sum* over 4,096 pixels. Much noise at first lets z unfold: places that are close in the
        image come to be close in z. The encoder keeps a grid of places up to its last layer, and
        the decoder draws 4 x 4 pixels at a time, from z and their place.
-    2. Other sprites are at rest: what moves by itself would rule the distance in z. Still, of an
-       imagined goal the agent can only reach its own part; in reach the square stays where it is.
+    2. Other sprites are at rest: what moves by itself would dominate the distance in z. In reach
+       the agent can match only its own position in an imagined goal: the square stays where it is.
     3. Two layers of 128 units, 20,000 steps (push 60,000), one update a step; the authors' code has
        400-300, half a million, four. γ = 0.9 in reach, where going straight is best; 0.98 in push,
        where the way around pays late. Gaussian exploration noise; the first 800 steps are random.
@@ -81,18 +84,11 @@ Try
 """
 
 import copy
-import ctypes
-import json
 import math
-import platform
-import subprocess
-import sys
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
-import gymnasium
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -100,7 +96,7 @@ import tyro
 from torch import nn
 
 import sprites_env
-from sprites_env import AGENT, TARGET
+from sprites_env import AGENT, TARGET, Run, require, require_positive
 
 USUAL = {  # defaults that depend on the task
     "reach": {"total_steps": 20_000, "gamma": 0.9},
@@ -147,7 +143,7 @@ class Args:
     def __post_init__(self):
         for name, value in USUAL[self.task].items():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, value)  # once, before it is frozen
+                object.__setattr__(self, name, value)  # a frozen class allows no other way
         require_positive(self, "goal_fractions finetune_every finetune_updates noise gamma")
         require(self.gamma < 1 and self.tau <= 1, "--gamma must be below 1, --tau not above")
         shares = abs(sum(self.goal_fractions) - 1) < 1e-6
@@ -261,7 +257,8 @@ def orthogonal_(module):
 
 
 class VAE:
-    """Encoder, decoder and their optimiser. z of an image is μ(s), without noise."""
+    """Encoder, decoder and their optimiser. z of an image is μ(s), without noise and without
+    gradient: it is stored as numbers, so that TD3 never changes the VAE."""
 
     def __init__(self, args, device):
         self.device, self.z_dim = device, args.z_dim
@@ -412,7 +409,8 @@ def update_goal_critic(agent, batch, gamma):
 
 
 def update_goal_actor(agent, batch, tau):
-    """One step of the actor on (9), then the slow copies follow."""
+    """One step of the actor on (9), then the slow copies follow. This fills the critic's .grad as
+    well; its own zero_grad discards that."""
     before = batch["before"]
     loss = deterministic_actor_loss(agent.critic(before, agent.actor(before)))
     agent.actor_optimizer.zero_grad()
@@ -648,6 +646,7 @@ def train(args):
                 improved = update_goal_actor(agent, batch, args.tau)
 
         # see again
+        # in the first round past a multiple, but not after the last one
         stale = args.finetune_every and count % args.finetune_every < N and count < rounds * N
         if stale and args.finetune_updates and not oracle:
             see_again(seer, images, replay, rng, args)
@@ -681,7 +680,7 @@ def train(args):
     return run.finish(summary, panels, "environment steps", levels)
 
 
-# --- Appendix: pictures, the run's folder, checks --------------------------------------------
+# --- Appendix: pictures --------------------------------------------------------------------
 
 
 def draw_reached(run, held_out, path):
@@ -712,97 +711,6 @@ def draw_imagination(run, vae, prior):
     run.save("latent_walk.png", sprites_env.draw_images(rows))
 
 
-class Run:
-    """A run's device and folder. Files are written whole or not at all; summary.json, the last one,
-    says that the run has finished, and a finished run is left alone."""
-
-    def __init__(self, args, total):
-        self.rows, self.total, self.start = [], total, time.perf_counter()
-        self.folder = Path(args.out or Path("runs") / Path(__file__).stem / args.run_name)
-        finished = (self.folder / "summary.json").exists() and not args.overwrite
-        require(not finished, f"{self.folder} holds a finished run: --overwrite, or --out FOLDER")
-        cuda = args.device != "cpu" and torch.cuda.is_available()
-        require(cuda or args.device != "cuda", "--device cuda, but PyTorch finds no CUDA device")
-        self.device = torch.device("cuda" if cuda else "cpu")
-        torch.manual_seed(args.seed)
-        if args.torch_threads:
-            torch.set_num_threads(args.torch_threads)
-        if platform.libc_ver()[0] == "glibc":
-            # By default glibc returns large activations to the system after every update, and maps
-            # them anew, page by page: half of the time. TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD:
-            for option, value in ((-1, 1 << 30), (-2, 1 << 28), (-3, 1 << 30)):
-                ctypes.CDLL(None).mallopt(option, value)
-        commit = subprocess.getoutput(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD')
-        facts = {"arguments": asdict(args), "git_commit": commit if len(commit) == 40 else None}
-        facts |= {m.__name__: m.__version__ for m in (gymnasium, np, torch)}
-        facts |= {"python": platform.python_version(), "device": str(self.device)}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for name in ("summary.json", "checkpoint.pt", "curve.csv"):  # of an earlier run
-                (self.folder / name).unlink(missing_ok=True)
-            self.save("args.json", facts | {"threads": torch.get_num_threads()})
-        except OSError as error:
-            require(False, f"cannot write to {self.folder}: {error.strerror}")
-
-    def save(self, name, content):
-        """A dict as .json or .pt, a figure as .png, or a film as .gif."""
-        file = self.folder / f"unfinished_{name}"
-        if file.suffix == ".json":
-            file.write_text(json.dumps(content, indent=1))
-        elif file.suffix == ".pt":
-            torch.save(content, file)
-        elif file.suffix == ".png":
-            content.savefig(file)
-        else:
-            sprites_env.save_gif(file, content)
-        file.replace(self.folder / name)
-
-    def report(self, step, **metrics):
-        """A row of curve.csv, and a line of progress: on a terminal one line that changes."""
-        seconds = time.perf_counter() - self.start
-        speed, left = step / seconds, seconds * (self.total / step - 1)
-        row = {"step": step, "seconds": round(seconds, 2), "steps_per_second": round(speed, 1)}
-        self.rows.append(row | metrics)
-        with open(self.folder / "curve.csv", "a") as file:
-            if len(self.rows) == 1:
-                print(*self.rows[0], sep=",", file=file)
-            print(*self.rows[-1].values(), sep=",", file=file)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:4])
-        line = f"{step:,}/{self.total:,}  {speed:,.0f}/s  {left:.0f} s left  {shown}"
-        live = sys.stdout.isatty()
-        end = "" if live and step < self.total else "\n"
-        print(f"\r\033[K{line}" if live else line, end=end, flush=True)
-
-    def finish(self, summary, panels, x_label, levels=(), offline=0):
-        """curve.png (see sprites_env.draw_curve) and summary.json, whose content it returns."""
-        figure = sprites_env.draw_curve(self.rows, panels, x_label, levels, offline)
-        figure.suptitle(self.folder.name, fontsize=10)
-        self.save("curve.png", figure)
-        summary = summary | {"minutes": round((time.perf_counter() - self.start) / 60, 2)}
-        self.save("summary.json", summary)
-        return summary
-
-
-def require(condition, message):
-    """End with one line unless the condition holds."""
-    if not condition:
-        raise SystemExit(f"error: {message}")
-
-
-def require_positive(args, but=""):
-    """All numbers must be finite and positive; those named in `but`, and seeds, may be 0."""
-    for name, value in vars(args).items():
-        zero = name in ("seed", "torch_threads", "distractors", *but.split())
-        flag, least = name.replace("_", "-"), "0 or more" if zero else "positive"
-        for x in value if isinstance(value, tuple) else (value,):
-            if type(x) in (int, float):
-                good = math.isfinite(x) and (x > 0 or zero and x == 0)
-                require(good, f"--{flag} must be finite and {least}, not {x}")
-    require(args.seed < 10_000, f"--seed must be in 0 ... 9999, not {args.seed}")  # 10**9: held out
-
-
 if __name__ == "__main__":
-    try:
+    with sprites_env.one_line_errors():
         train(tyro.cli(Args, description=__doc__))
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted: curve.csv and checkpoint.pt hold what was reported, if anything")

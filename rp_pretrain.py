@@ -21,32 +21,32 @@ Algorithm
         twenty times in all: measure                 errors and a linear probe, on held-out data
 
 Equations
-    (1)  p(r¹:ᴷ | x) = ∫ Πₖ p(rₖ | z) p(z | x) dz           one encoder, K reward heads
-    (2)  L = Σₜ Σₖ (rₖᵗ − r̂ₖᵗ)²                             reward prediction, mean over B
-    (3)  L = mean over pixels of (x − x̂)²                  image reconstruction
+    (1)  p(r₁ … r_K | x) = ∫ Πₖ p(rₖ | z) p(z | x) dz      one encoder, K reward heads
+    (2)  loss = Σₜ Σₖ (rₜₖ − r̂ₜₖ)²                         reward prediction, mean over B
+    (3)  loss = mean over pixels of (x − x̂)²              image reconstruction
     In the slides that this follows, the product of (1) stands outside the integral: then every
     reward would have a z of its own. Here p(z|x) is a point, z = encoder(x).
 
 Notation
-    B batch, N conditioning frames, T predicted steps, K tasks, Z latent size, H hidden size,
-    M and L samples of the probe (fitted and held out), D quantities that it reads.
+    x frames, r rewards, z the code, hats: predictions. B batch, N conditioning frames, T predicted
+    steps, K tasks, Z latent size, H hidden size, M samples of the probe, D quantities it reads.
 
 Differs from the paper
     1. No batch normalisation (--batch-norm turns it on; in PPO it then keeps its pretraining
        statistics): with it --updates 2000 took a third longer and left an error of .0091, without
        it .0076 (1 distractor, seed 1).
-    2. Ten predicted steps, the first of them those of the conditioning frames: the nearer a
-       reward is to a frame, the sharper the gradient that reaches the encoder.
+    2. Ten rewards are predicted; the first N belong to the visible frames. The nearer a reward is
+       to a frame, the sharper the gradient that reaches the encoder.
     3. RAdam at 4e-3, a linear warm-up times a cosine, batches of 32, orthogonal initialisation of
        encoder and MLPs. In short single runs 6e-3 left one seed of two blind to the agent; 3e-3
        was slower.
     4. Data is drawn afresh for every update instead of from a fixed set: nothing to overfit.
     5. The decoder of reward prediction, which only shows what is in z, is trained at every fourth
        update, to save time.
-    6. The reconstruction loss is a mean over pixels, for one frame of each sequence: neighbours
-       look alike, and RAdam does not scale its first steps, so that a sum over 4,096 pixels throws
-       the weights far off. Even so, one seed of five never reconstructs the agent at 0
-       distractors (seed 3, error .0126; at half the learning rate .0125).
+    6. Reconstruction has one frame of each sequence, as neighbours look alike. Its loss is a mean
+       over pixels: RAdam does not scale its first steps, and the gradient of a sum over 4,096
+       pixels throws the weights far off. Even so, one seed of five never reconstructs the agent at
+       0 distractors (seed 3, error .0126; at half the learning rate .0125).
 
 Run
     python rp_pretrain.py --distractors 2
@@ -74,24 +74,17 @@ Try
        it take than with the four positions?
 """
 
-import ctypes
-import json
 import math
-import platform
-import subprocess
-import sys
-import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
-import gymnasium
 import numpy as np
 import torch
 import tyro
 from torch import nn
 
 import sprites_env
+from sprites_env import Run, require, require_positive
 
 Objective = Literal["reward_prediction", "image_reconstruction"]
 Task = Literal["agent_x", "agent_y", "target_x", "target_y", "follow", "repel"]
@@ -238,20 +231,20 @@ class Model:
 
 
 def reward_prediction_loss(predicted, rewards):
-    """L = Σₜ Σₖ (rₖᵗ − r̂ₖᵗ)², eq. (2), averaged over the batch. Both (B, T, K) -> scalar."""
+    """Σₜ Σₖ (rₜₖ − r̂ₜₖ)², eq. (2), averaged over the batch. Both (B, T, K) -> scalar."""
     assert predicted.shape == rewards.shape
     return (rewards - predicted).square().sum(dim=(1, 2)).mean()
 
 
 def reconstruction_loss(decoded, frames):
-    """L = mean of (x − x̂)² over pixels and frames, eq. (3). Both (B, 1, 64, 64) -> scalar."""
+    """Mean of (x − x̂)² over pixels and frames, eq. (3). Both (B, 1, 64, 64) -> scalar."""
     assert decoded.shape == frames.shape
     return (frames - decoded).square().mean()
 
 
 def linear_probe(z, y, z_test, y_test, ridge=1e-6):
     """R² on held-out data of the ridge regression z -> y: how much of y can be read off z
-    linearly. z (M, Z), y (M, D), z_test (L, Z), y_test (L, D) -> R² per column, (D,)."""
+    linearly. z (M, Z), y (M, D), z_test (M', Z), y_test (M', D) -> R² per column, (D,)."""
     z, y, z_test, y_test = (x.double() for x in (z, y, z_test, y_test))
     centre, mean = z.mean(0), y.mean(0)
     a = z - centre
@@ -278,9 +271,8 @@ def update_reward_prediction(model, frames, rewards):
 
 
 def update_reconstruction(model, z, frames):
-    """One step on (3) of the decoder, and of the encoder, unless z (B, Z) is without gradient.
-
-    frames (B, 1, 64, 64). Returns the loss."""
+    """One step on (3) of the decoder, and of the encoder, unless z (B, Z) is without gradient: a
+    network without gradient is not stepped. frames (B, 1, 64, 64). Returns the loss."""
     loss = reconstruction_loss(model.decoder(z), frames)
     model.optimizer.zero_grad()
     loss.backward()
@@ -300,7 +292,7 @@ def learning_rate(update, args):
 
 def sample_batch(rng, batch, args, device):
     """New sequences: frames float (B N, 1, 64, 64), the N of a sequence together, and rewards
-    (B, T, K) of its T steps."""
+    (B, T, K) of its T steps. For data of your own, change this and `probe_data`."""
     frames, _, rewards = sprites_env.sample_trajectories(
         rng, batch, args.horizon, args.distractors, args.frames
     )
@@ -310,7 +302,7 @@ def sample_batch(rng, batch, args, device):
 
 
 def probe_data(distractors, device):
-    """3000 frames (3000, 1, 64, 64) and the objects' positions (3000, 2 K), never trained on."""
+    """3000 frames (3000, 1, 64, 64) and their objects' positions (3000, D), never trained on."""
     states, shapes = sprites_env.sample_states(np.random.default_rng(10**9 + 1), 3000, distractors)
     positions = states[:, :, :2]
     frames = sprites_env.draw(positions, shapes)[:, None]
@@ -395,100 +387,6 @@ def train(args):
     return run.finish(metrics | {"updates": args.updates}, panels, "updates")
 
 
-# --- Appendix: the run's folder, checks ------------------------------------------------------
-
-
-class Run:
-    """A run's device and folder. Files are written whole or not at all; summary.json, the last one,
-    says that the run has finished, and a finished run is left alone."""
-
-    def __init__(self, args, total):
-        self.rows, self.total, self.start = [], total, time.perf_counter()
-        self.folder = Path(args.out or Path("runs") / Path(__file__).stem / args.run_name)
-        finished = (self.folder / "summary.json").exists() and not args.overwrite
-        require(not finished, f"{self.folder} holds a finished run: --overwrite, or --out FOLDER")
-        cuda = args.device != "cpu" and torch.cuda.is_available()
-        require(cuda or args.device != "cuda", "--device cuda, but PyTorch finds no CUDA device")
-        self.device = torch.device("cuda" if cuda else "cpu")
-        torch.manual_seed(args.seed)
-        if args.torch_threads:
-            torch.set_num_threads(args.torch_threads)
-        if platform.libc_ver()[0] == "glibc":
-            # By default glibc returns large activations to the system after every update, and maps
-            # them anew, page by page: half of the time. TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD:
-            for option, value in ((-1, 1 << 30), (-2, 1 << 28), (-3, 1 << 30)):
-                ctypes.CDLL(None).mallopt(option, value)
-        commit = subprocess.getoutput(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD')
-        facts = {"arguments": asdict(args), "git_commit": commit if len(commit) == 40 else None}
-        facts |= {m.__name__: m.__version__ for m in (gymnasium, np, torch)}
-        facts |= {"python": platform.python_version(), "device": str(self.device)}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for name in ("summary.json", "checkpoint.pt", "curve.csv"):  # of an earlier run
-                (self.folder / name).unlink(missing_ok=True)
-            self.save("args.json", facts | {"threads": torch.get_num_threads()})
-        except OSError as error:
-            require(False, f"cannot write to {self.folder}: {error.strerror}")
-
-    def save(self, name, content):
-        """A dict as .json or .pt, a figure as .png, or a film as .gif."""
-        file = self.folder / f"unfinished_{name}"
-        if file.suffix == ".json":
-            file.write_text(json.dumps(content, indent=1))
-        elif file.suffix == ".pt":
-            torch.save(content, file)
-        elif file.suffix == ".png":
-            content.savefig(file)
-        else:
-            sprites_env.save_gif(file, content)
-        file.replace(self.folder / name)
-
-    def report(self, step, **metrics):
-        """A row of curve.csv, and a line of progress: on a terminal one line that changes."""
-        seconds = time.perf_counter() - self.start
-        speed, left = step / seconds, seconds * (self.total / step - 1)
-        row = {"step": step, "seconds": round(seconds, 2), "steps_per_second": round(speed, 1)}
-        self.rows.append(row | metrics)
-        with open(self.folder / "curve.csv", "a") as file:
-            if len(self.rows) == 1:
-                print(*self.rows[0], sep=",", file=file)
-            print(*self.rows[-1].values(), sep=",", file=file)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:4])
-        line = f"{step:,}/{self.total:,}  {speed:,.0f}/s  {left:.0f} s left  {shown}"
-        live = sys.stdout.isatty()
-        end = "" if live and step < self.total else "\n"
-        print(f"\r\033[K{line}" if live else line, end=end, flush=True)
-
-    def finish(self, summary, panels, x_label, levels=(), offline=0):
-        """curve.png (see sprites_env.draw_curve) and summary.json, whose content it returns."""
-        figure = sprites_env.draw_curve(self.rows, panels, x_label, levels, offline)
-        figure.suptitle(self.folder.name, fontsize=10)
-        self.save("curve.png", figure)
-        summary = summary | {"minutes": round((time.perf_counter() - self.start) / 60, 2)}
-        self.save("summary.json", summary)
-        return summary
-
-
-def require(condition, message):
-    """End with one line unless the condition holds."""
-    if not condition:
-        raise SystemExit(f"error: {message}")
-
-
-def require_positive(args, but=""):
-    """All numbers must be finite and positive; those named in `but`, and seeds, may be 0."""
-    for name, value in vars(args).items():
-        zero = name in ("seed", "torch_threads", "distractors", *but.split())
-        flag, least = name.replace("_", "-"), "0 or more" if zero else "positive"
-        for x in value if isinstance(value, tuple) else (value,):
-            if type(x) in (int, float):
-                good = math.isfinite(x) and (x > 0 or zero and x == 0)
-                require(good, f"--{flag} must be finite and {least}, not {x}")
-    require(args.seed < 10_000, f"--seed must be in 0 ... 9999, not {args.seed}")  # 10**9: held out
-
-
 if __name__ == "__main__":
-    try:
+    with sprites_env.one_line_errors():
         train(tyro.cli(Args, description=__doc__))
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted: curve.csv and checkpoint.pt hold what was reported, if anything")

@@ -3,7 +3,7 @@
 What
     Several tasks share one policy π(a|s,z), which is never told the task, only a z drawn from
     p(z|t) at the start of an episode. Entropy terms keep many z alive for every task, and a network
-    that guesses z from what was done rewards skills that can be told apart. All is learnt
+    that guesses z from what was done rewards skills that can be distinguished. All is learnt
     off-policy from whole episodes, with Retrace. `--experiment` asks: are four tasks learnt
     (library)? Does one task find several solutions (versatility)? Do equal tasks share their skills
     (generality)? And, the skills frozen, are new tasks learnt faster by choosing z (transfer)?
@@ -20,22 +20,23 @@ Algorithm
             update_inference                           q names the skill that was seen, (5)
             update_skill_critic                        Retrace targets (2) of rewards (1), then (3)
             update_skill_actor                         π and p(z|t) on (4), with new z
-        twenty times in all: evaluate_skills           without noise
+        about twenty times in all: evaluate_skills     without noise
     transfer: SkillTasks has the frozen policy, and z as actions; the same loop learns to choose
 
 Equations
     Maximise  E[Σ γⁱ r̂ᵢ] + α₁ E_t H[p(z|t)]  over π and p, by way of Q:
-    (1)  r̂ᵢ = r_t(sᵢ,aᵢ) + α₂ log q(z|aᵢ, sᵢ₋w … sᵢ) + α₃ H[π(·|sᵢ,z)]
+    (1)  r̂ᵢ = r_t(sᵢ,aᵢ) + α₂ clip(log q(z|aᵢ, sᵢ₋w … sᵢ), −3, 3) + α₃ H[π(·|sᵢ,z)]
     (2)  Gⱼ = r̂ⱼ + γ [Vⱼ₊₁ + cⱼ₊₁ (Gⱼ₊₁ − Q̄ⱼ₊₁)],   V = E_π[Q̄],   c = min(1, π(a|s,z) / b(a|s,z))
          Q̄ is a slow copy of Q, b the policy that acted; one sample of π stands for E_π
     (3)  Q ← argmin E[(Q(s,a;z,t) − G)²],   s, a, z, t from the replay
-    (4)  π, p ← argmax E[Q(s,a;z,t) + α₃ H[π(·|s,z)]] + α₁ E_t H[p(z|t)],   new z ~ p(·|t), a ~ π
+    (4)  π, p ← argmax E[Q(s,a;z,t) + α₃ H[π(·|s,z)] − 0.03 ‖mean of π‖²] + α₁ E_t H[p(z|t)],
+         new z ~ p(·|t), a ~ π: p learns through z, into policy and critic
     (5)  q ← argmax E[log q(z|a, s …)],   the likelihood of the z that was acted on
 
 Notation
-    N environments, T steps of an episode, B episodes of a batch, Z size of z, A (in shapes) size of
-    an action, D size of an observation, w steps that q looks back, K tasks, L goals of a task,
-    M episodes of an evaluation.
+    t task, i and j steps, H[·] entropy, r_t reward of task t. In shapes: N environments, T steps of
+    an episode, B episodes of a batch, Z size of z, A of an action, D of an observation, w steps
+    that q looks back, K tasks, L goals of a task, M episodes of an evaluation.
 
 Differs from the paper
     1. (2) is Retrace as Munos et al. have it; the recursion printed in the paper is not.
@@ -45,9 +46,10 @@ Differs from the paper
     4. p(z|t) is a table, not a linear network, and its standard deviation is bounded: it widens
        while α₁ > α₂ Σγⁱ, until tasks overlap, and shrinks to a point where it is less. Tasks start
        apart in z (--spread); in the paper they start alike, as in generality here.
-    5. log q is cut off at ±3. 0.03 E‖mean‖² is taken off (4), and α₃ starts large: or else the
-       policy runs into the wall behind the goal and stays there, bouncing on the spot. In the
-       second half of the run α₃ falls to zero, α₂ to a quarter: first be different, then exact.
+    5. log q is cut off at ±3 in (1): one odd step must not outweigh the task. 0.03 ‖mean‖² is
+       subtracted in (4), and α₃ starts large: or else the policy runs into the wall behind the goal
+       and stays there, bouncing on the spot. In the second half of the run α₃ falls to zero, α₂ to
+       a quarter: skills become different first, and exact afterwards.
     6. Z = 2, in which a skill can say all of z by where it comes to rest; the paper has 3.
     7. A point, the agent of Sprites alone, instead of a robot arm; minutes on one core. In transfer
        a z is held for five steps, whose rewards are added, and γ is that of five steps.
@@ -78,24 +80,17 @@ Result
     after 5,120 to 8,320 steps, from scratch hardly ever in 25,600. All: benchmark/README.md.
 
 Try
-    1. --alpha2 0 --out runs/a, --alpha2 0.3 --out runs/b: skills.png, identifiability_top1?
+    1. --alpha2 0 --out runs/a, --alpha2 0.3 --out runs/b: what changes in skills.png and in
+       identifiability_top1?
     2. --z-ratio --out runs/z: does the critic's loss change, and why where p(z|t) moves?
     3. --experiment transfer --hold 1 --out runs/h: what is lost by choosing at every step?
 """
 
 import copy
-import ctypes
-import json
 import math
-import platform
-import subprocess
-import sys
-import time
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Literal
 
-import gymnasium
 import numpy as np
 import torch
 import tyro
@@ -103,7 +98,7 @@ from torch import nn
 from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
 
 import sprites_env
-from sprites_env import AGENT
+from sprites_env import AGENT, Run, require, require_positive
 
 ANGLES = np.pi / 2 * np.arange(4)
 GOALS = 0.5 + 0.3 * np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=-1)  # (4, 2), on a circle
@@ -167,7 +162,7 @@ class Args:
         usual = USUAL[self.experiment] | (USUAL["one_hot"] if self.embedding == "one_hot" else {})
         for name, value in usual.items():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, value)  # once, before it is frozen
+                object.__setattr__(self, name, value)  # a frozen class allows no other way
         require_positive(self, but="alpha1 alpha2 alpha3 window spread")
         require(self.gamma < 1, "--gamma must be below 1")
         K, T = len(self.goals), GoalTasks.steps
@@ -408,13 +403,11 @@ def update_inference(agent, batch, args):
 
 def update_skill_critic(agent, batch, log_q, alpha2, alpha3, gamma, args):
     """One step of the critic on (3): what the present policy would earn, from what others did.
-    Rewards (1) are made anew, with the present log q; V and Q̄ are those of the slow copy."""
+    Rewards (1) are made anew, with log q as it was just before its update; V and Q̄ are those of
+    the slow copy."""
     learner, obs, action = agent.learner, batch["obs"], batch["action"]
-    before, z, t = (
-        obs[:, :-1],
-        batch["z"][:, None],
-        batch["task"][:, None],
-    )  # the same at every step
+    before = obs[:, :-1]
+    z, t = batch["z"][:, None], batch["task"][:, None]  # the same at every step
     with torch.no_grad():
         pi = learner.policy(obs, z)
         now = gaussian(pi.mean[:, :-1], pi.stddev[:, :-1])
@@ -434,7 +427,8 @@ def update_skill_critic(agent, batch, log_q, alpha2, alpha3, gamma, args):
 
 
 def update_skill_actor(agent, batch, alpha3, args):
-    """One step of policy and embedding on (4): old states, but another skill for every one."""
+    """One step of policy and embedding on (4): old states, but another skill for every one. This
+    fills the critic's .grad as well; its own zero_grad discards that."""
     learner, before = agent.learner, batch["obs"][:, :-1]
     t = batch["task"][:, None].expand(before.shape[:-1])
     p = learner.embedding(t)
@@ -773,7 +767,7 @@ def own_stream(generator, seed):
         yield item
 
 
-# --- Appendix: pictures, the run's folder, checks --------------------------------------------
+# --- Appendix: pictures --------------------------------------------------------------------
 
 
 def load_skills(path):
@@ -857,97 +851,6 @@ def draw_skills(tasks, learner, z):
     return figure
 
 
-class Run:
-    """A run's device and folder. Files are written whole or not at all; summary.json, the last one,
-    says that the run has finished, and a finished run is left alone."""
-
-    def __init__(self, args, total):
-        self.rows, self.total, self.start = [], total, time.perf_counter()
-        self.folder = Path(args.out or Path("runs") / Path(__file__).stem / args.run_name)
-        finished = (self.folder / "summary.json").exists() and not args.overwrite
-        require(not finished, f"{self.folder} holds a finished run: --overwrite, or --out FOLDER")
-        cuda = args.device != "cpu" and torch.cuda.is_available()
-        require(cuda or args.device != "cuda", "--device cuda, but PyTorch finds no CUDA device")
-        self.device = torch.device("cuda" if cuda else "cpu")
-        torch.manual_seed(args.seed)
-        if args.torch_threads:
-            torch.set_num_threads(args.torch_threads)
-        if platform.libc_ver()[0] == "glibc":
-            # By default glibc returns large activations to the system after every update, and maps
-            # them anew, page by page: half of the time. TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD:
-            for option, value in ((-1, 1 << 30), (-2, 1 << 28), (-3, 1 << 30)):
-                ctypes.CDLL(None).mallopt(option, value)
-        commit = subprocess.getoutput(f'git -C "{Path(__file__).resolve().parent}" rev-parse HEAD')
-        facts = {"arguments": asdict(args), "git_commit": commit if len(commit) == 40 else None}
-        facts |= {m.__name__: m.__version__ for m in (gymnasium, np, torch)}
-        facts |= {"python": platform.python_version(), "device": str(self.device)}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for name in ("summary.json", "checkpoint.pt", "curve.csv"):  # of an earlier run
-                (self.folder / name).unlink(missing_ok=True)
-            self.save("args.json", facts | {"threads": torch.get_num_threads()})
-        except OSError as error:
-            require(False, f"cannot write to {self.folder}: {error.strerror}")
-
-    def save(self, name, content):
-        """A dict as .json or .pt, a figure as .png, or a film as .gif."""
-        file = self.folder / f"unfinished_{name}"
-        if file.suffix == ".json":
-            file.write_text(json.dumps(content, indent=1))
-        elif file.suffix == ".pt":
-            torch.save(content, file)
-        elif file.suffix == ".png":
-            content.savefig(file)
-        else:
-            sprites_env.save_gif(file, content)
-        file.replace(self.folder / name)
-
-    def report(self, step, **metrics):
-        """A row of curve.csv, and a line of progress: on a terminal one line that changes."""
-        seconds = time.perf_counter() - self.start
-        speed, left = step / seconds, seconds * (self.total / step - 1)
-        row = {"step": step, "seconds": round(seconds, 2), "steps_per_second": round(speed, 1)}
-        self.rows.append(row | metrics)
-        with open(self.folder / "curve.csv", "a") as file:
-            if len(self.rows) == 1:
-                print(*self.rows[0], sep=",", file=file)
-            print(*self.rows[-1].values(), sep=",", file=file)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:4])
-        line = f"{step:,}/{self.total:,}  {speed:,.0f}/s  {left:.0f} s left  {shown}"
-        live = sys.stdout.isatty()
-        end = "" if live and step < self.total else "\n"
-        print(f"\r\033[K{line}" if live else line, end=end, flush=True)
-
-    def finish(self, summary, panels, x_label, levels=(), offline=0):
-        """curve.png (see sprites_env.draw_curve) and summary.json, whose content it returns."""
-        figure = sprites_env.draw_curve(self.rows, panels, x_label, levels, offline)
-        figure.suptitle(self.folder.name, fontsize=10)
-        self.save("curve.png", figure)
-        summary = summary | {"minutes": round((time.perf_counter() - self.start) / 60, 2)}
-        self.save("summary.json", summary)
-        return summary
-
-
-def require(condition, message):
-    """End with one line unless the condition holds."""
-    if not condition:
-        raise SystemExit(f"error: {message}")
-
-
-def require_positive(args, but=""):
-    """All numbers must be finite and positive; those named in `but`, and seeds, may be 0."""
-    for name, value in vars(args).items():
-        zero = name in ("seed", "torch_threads", "distractors", *but.split())
-        flag, least = name.replace("_", "-"), "0 or more" if zero else "positive"
-        for x in value if isinstance(value, tuple) else (value,):
-            if type(x) in (int, float):
-                good = math.isfinite(x) and (x > 0 or zero and x == 0)
-                require(good, f"--{flag} must be finite and {least}, not {x}")
-    require(args.seed < 10_000, f"--seed must be in 0 ... 9999, not {args.seed}")  # 10**9: held out
-
-
 if __name__ == "__main__":
-    try:
+    with sprites_env.one_line_errors():
         train(tyro.cli(Args, description=__doc__))
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted: curve.csv and checkpoint.pt hold what was reported, if anything")

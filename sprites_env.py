@@ -56,6 +56,17 @@ environment takes a leading N; shapes may be left out).
 vector environment that resets in the step that ends an episode, not Sprites alone.
 """
 
+import contextlib
+import ctypes
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
@@ -151,6 +162,13 @@ def score(episode_return, task="follow"):
     """(return - random) / (best - random): 0 acts blindly, 1 knows the target's velocity."""
     random, *_, best = REFERENCE_RETURNS[task].values()
     return (episode_return - random) / (best - random)
+
+
+def summary(returns, task="follow"):
+    """The part of summary.json that an evaluation gives: returns (M,) of as many episodes."""
+    mean, sd = returns.mean(), returns.std()
+    facts = {"eval_return_mean": mean, "eval_return_std": sd, "eval_episodes": len(returns)}
+    return facts | {"score": score(mean, task)}
 
 
 def sample_states(rng, batch, distractors, task="follow"):
@@ -319,10 +337,12 @@ def _given_start(options, sampled, shapes, task):
 
 
 def _checked(actions, shape):
-    actions = np.asarray(actions, dtype=np.float64)
-    if actions.shape != shape or not np.isfinite(actions).all():
-        raise ValueError(f"action must be {shape} finite numbers, not {actions}")
-    return actions
+    actions = np.asarray(actions)
+    if actions.shape != shape or actions.dtype.kind not in "iuf":
+        raise ValueError(f"action must be {shape} real numbers, not {actions}")
+    if not np.isfinite(actions).all():
+        raise FloatingPointError(f"action must be finite, not {actions}: has the policy diverged?")
+    return actions.astype(np.float64)
 
 
 class SpritesEnv(gym.Env):
@@ -469,13 +489,13 @@ def evaluate(policy, env, frames=None):
     """Returns (N,) of one fresh episode per environment. `policy` maps observations (N, ...) to
     actions (N, A); a list `frames` collects what `env.render()` shows before each step."""
     obs, _ = env.reset(seed=10**9)
-    returns, running = np.zeros(env.num_envs), np.ones(env.num_envs, bool)
-    while running.any():
+    returns, alive = np.zeros(env.num_envs), np.ones(env.num_envs, bool)
+    while alive.any():
         if frames is not None:
             frames.append(env.render())
         obs, rewards, terminated, truncated, _ = env.step(policy(obs))
-        returns += rewards * running
-        running &= ~(terminated | truncated)
+        returns += rewards * alive
+        alive &= ~(terminated | truncated)
     return returns
 
 
@@ -484,13 +504,6 @@ def film(policy, env):
     frames = []
     evaluate(policy, env, frames)
     return frames
-
-
-def summary(returns, task="follow"):
-    """What is to be told of an evaluation on Sprites."""
-    mean, sd = returns.mean(), returns.std()
-    shares = {"eval_return_mean": mean, "eval_return_std": sd, "eval_episodes": len(returns)}
-    return shares | {"score": score(mean, task)}
 
 
 def save_gif(path, frames):
@@ -526,17 +539,164 @@ def draw_images(rows):
     """A figure of rows of images, label -> (M, height, width[, 3]), grey in [0, 1] or RGB."""
     from matplotlib.figure import Figure
 
-    figure = Figure(layout="constrained")
+    columns = max(map(len, rows.values()))
+    figure = Figure(figsize=(columns, len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axis, (label, images) in zip(axes, rows.items()):
         images = np.asarray(images)
-        figure.set_size_inches(len(images), len(rows))
         edge = images.shape[2] // SIZE
         pad = ((0, 0), (edge, edge), (edge, edge), (0, 0))[: images.ndim]  # a frame around each
         framed = np.pad(images, pad, constant_values=images.max() / 2)
         axis.imshow(np.concatenate(framed, axis=1), cmap="gray", vmin=0, vmax=1)
         axis.set(xticks=[], yticks=[], ylabel=label)
     return figure
+
+
+# --- Runs of the scripts: arguments, folder, progress (with torch; the rest does without) -----
+
+
+def require(condition, message):
+    """End with one line unless the condition holds."""
+    if not condition:
+        raise SystemExit(f"error: {message}")
+
+
+def require_positive(args, but=""):
+    """All numbers must be finite and positive; those named in `but`, and seeds, may be 0."""
+    for name, value in vars(args).items():
+        zero = name in ("seed", "torch_threads", "distractors", *but.split())
+        flag, least = name.replace("_", "-"), "0 or more" if zero else "positive"
+        for x in value if isinstance(value, tuple) else (value,):
+            if type(x) in (int, float):
+                good = (x > 0 or zero and x == 0) and x < 2**31  # also neither infinite nor nan
+                require(good, f"--{flag} must be finite and {least}, not {x}")
+    # held-out data has seeds from 10**9 on
+    require(args.seed < 10_000, f"--seed must be in 0 ... 9999, not {args.seed}")
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """What a user may meet ends with one line, not with a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(
+            "\ninterrupted: curve.csv and checkpoint.pt hold what was reported"
+        ) from None
+    except (ArithmeticError, MemoryError, OSError) as error:  # diverged; too large; disk full
+        raise SystemExit(f"\nerror: {' '.join(str(error).split())[:200]}") from None
+    except RuntimeError as error:  # torch has no class of its own for these
+        if "memory" not in str(error) and "writing file" not in str(error):
+            raise
+        raise SystemExit(f"\nerror: {' '.join(str(error).split())[:200]}") from None
+
+
+class Run:
+    """A run of a script: device, seeds, and a folder with args.json, curve.csv, and what is saved.
+
+    Files are written whole or not at all. summary.json, the last one, says that the run has
+    finished; a finished run, and one at work in another process, is left alone."""
+
+    def __init__(self, args, total):
+        """args: an instance of the script's `Args`; total: the last `step` to be reported."""
+        import torch
+
+        script = Path(sys.modules[type(args).__module__].__file__).resolve()
+        self.folder = Path(args.out or Path("runs") / script.stem / args.run_name)
+        self.rows, self.total, self.start = [], total, time.perf_counter()
+        cuda = args.device != "cpu" and torch.cuda.is_available()
+        require(cuda or args.device != "cuda", "--device cuda, but PyTorch finds no CUDA device")
+        self.device = torch.device("cuda" if cuda else "cpu")
+        torch.manual_seed(args.seed)
+        if args.torch_threads:
+            torch.set_num_threads(args.torch_threads)
+        keep_memory()
+        commit = subprocess.getoutput(f'git -C "{script.parent}" rev-parse HEAD')
+        facts = {"script": script.stem, "arguments": asdict(args), "device": str(self.device)}
+        facts |= {m.__name__: m.__version__ for m in (gym, np, torch)}
+        facts |= {"python": platform.python_version(), "threads": torch.get_num_threads()}
+        self.claim(script.stem, args.overwrite)
+        self.save("args.json", facts | {"git_commit": commit if len(commit) == 40 else None})
+
+    def claim(self, script, overwrite):
+        """Make the folder, unless it is another run's."""
+        hint = "use --overwrite, or --out FOLDER"
+        summary, facts = self.folder / "summary.json", self.folder / "args.json"
+        try:
+            require(
+                overwrite or not summary.exists(), f"{self.folder} holds a finished run: {hint}"
+            )
+            owner = json.loads(facts.read_text()).get("script") if facts.exists() else script
+            require(overwrite or owner == script, f"{self.folder} holds a run of {owner}: {hint}")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.curve = os.open(self.folder / "curve.csv", os.O_RDWR | os.O_CREAT)
+            if sys.platform != "win32":
+                import fcntl
+
+                fcntl.lockf(self.curve, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+            os.ftruncate(self.curve, 0)
+            summary.unlink(missing_ok=True)  # an earlier run's must not be taken for this one's
+            (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+        except BlockingIOError:
+            require(False, f"another run is at work in {self.folder}")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            require(False, f"cannot write to {self.folder}: {reason}")
+
+    def save(self, name, content):
+        """A dict as .json or .pt, a figure as .png, or a film as .gif."""
+        import torch
+
+        file = self.folder / f"unfinished_{name}"
+        if file.suffix == ".json":
+            file.write_text(json.dumps(content, indent=1))
+        elif file.suffix == ".pt":
+            torch.save(content, file)
+        elif file.suffix == ".png":
+            content.savefig(file)
+        else:
+            save_gif(file, content)
+        file.replace(self.folder / name)
+
+    def report(self, step, **metrics):
+        """A row of curve.csv, and a line of progress: on a terminal one line that changes.
+
+        FloatingPointError if a number is not finite (but there may be no `train_return` yet)."""
+        seconds = time.perf_counter() - self.start
+        speed, left = step / seconds, seconds * (self.total / step - 1)
+        row = {"step": step, "seconds": round(seconds, 2), "steps_per_second": round(speed, 1)}
+        self.rows.append(row | metrics)
+        lines = [self.rows[-1].values()]
+        if len(self.rows) == 1:
+            lines.insert(0, self.rows[0])  # its keys: the header
+        text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+        os.write(self.curve, text.encode())
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:4])
+        line = f"{step:,}/{self.total:,}  {speed:,.0f}/s  {left:.0f} s left  {shown}"
+        live = sys.stdout.isatty()
+        end = "" if live and step < self.total else "\n"
+        print(f"\r\033[K{line}" if live else line, end=end, flush=True)
+        bad = [name for name, x in metrics.items() if not np.isfinite(x) and name != "train_return"]
+        if bad:
+            raise FloatingPointError(f"{', '.join(bad)} is not finite: the run has diverged")
+
+    def finish(self, summary, panels, x_label, levels=(), offline=0):
+        """curve.png (see `draw_curve`) and summary.json, whose content it returns."""
+        figure = draw_curve(self.rows, panels, x_label, levels, offline)
+        figure.suptitle(self.folder.name, fontsize=10)
+        self.save("curve.png", figure)
+        summary = summary | {"minutes": round((time.perf_counter() - self.start) / 60, 2)}
+        self.save("summary.json", summary)
+        os.close(self.curve)
+        return summary
+
+
+def keep_memory():
+    """By default glibc returns large activations to the system after every update, and maps them
+    anew, page by page: up to half of the time. Here it is told to keep them."""
+    if platform.libc_ver()[0] == "glibc":
+        for option, value in ((-1, 1 << 30), (-2, 1 << 28), (-3, 1 << 30)):
+            ctypes.CDLL(None).mallopt(option, value)  # M_TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD
 
 
 if __name__ == "__main__":  # the table of reference returns above

@@ -102,8 +102,10 @@ def runs_of(rows):
 
 
 def values_of(rows, name):
-    """One column: (M,) of rows, (S, M) of runs."""
-    return np.array([values_of(r, name) if isinstance(r, list) else r[name] for r in rows])
+    """One column: (M,) of rows, (S, M) of runs; nan where nothing was measured."""
+    if rows and isinstance(rows[0], list):
+        return np.array([values_of(run, name) for run in rows])
+    return np.array([row.get(name, np.nan) for row in rows])
 
 
 def usual(rows):
@@ -131,7 +133,7 @@ def table(titles, lines, below=""):
 
 def mean(rows, name, digits, empty="-"):
     """mean [low, high]; of one seed the mean alone."""
-    values = [row[name] for row in rows if not np.isnan(row[name])]
+    values = [value for value in values_of(rows, name) if value == value]
     middle, *ends = (f"{number:.{digits}f}" for number in interval(values)) if values else [empty]
     return f"{middle} [{', '.join(ends)}]" if len(values) > 1 else middle
 
@@ -145,7 +147,7 @@ def spread(rows, names, digits):
 
 def each(rows, name, form, nan="", between=", "):
     """The number of every row; `nan`, or nothing, for those without one."""
-    values = [row.get(name, np.nan) for row in rows]
+    values = values_of(rows, name)
     return between.join(f"{v:,.{form}}" if v == v else nan for v in values if v == v or nan)
 
 

@@ -171,7 +171,7 @@ def test_decoders_are_drawn(plot, monkeypatch, tmp_path):
 
 def test_interval(plot):
     mean, low, high = plot.interval([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert mean == 3 and 1.6 < low < 2.1 and 3.9 < high < 4.4
+    assert mean == 3 and 1.7 < low < 1.95 and 4.05 < high < 4.3
     assert plot.interval([2.0, 2.0]) == (2, 2, 2)
 
 

@@ -6,6 +6,7 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
+from PIL import Image
 
 import sprites_env
 from sprites_env import SHAPES, SpritesEnv, SpritesVectorEnv
@@ -300,3 +301,247 @@ def test_reach_leaves_everything_but_the_agent_at_rest():
 def test_impossible_starts_of_goal_tasks(task, state, message):
     with pytest.raises(ValueError, match=message):
         SpritesEnv(task=task).reset(options={"state": state})
+
+
+# --- Starts, shapes and options, to the number -----------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["follow", "reach"])
+def test_starts_by_hand(task):
+    """Uniform, then everything moves once; in goal tasks only the agent does."""
+    states, _ = sprites_env.sample_states(np.random.default_rng(5), 300, 2, task)
+    u = np.random.default_rng(5).random((300, 4, 5))[..., :4]
+    x, v = 0.1 + 0.8 * u[..., :2], -0.05 + 0.1 * u[..., 2:]
+    if task == "reach":
+        v[:, 1:] = 0
+    x = x + v
+    v = np.where((x < 0.1) | (x > 0.9), -v, v)
+    x = np.where(x < 0.1, 0.2 - x, np.where(x > 0.9, 1.8 - x, x))
+    np.testing.assert_allclose(states, np.concatenate([x, v], axis=-1), atol=1e-12)
+
+
+def test_the_agent_of_push_starts_in_motion():
+    states, _ = sprites_env.sample_states(np.random.default_rng(5), 300, 1, "push")
+    assert np.ptp(states[:, 0, 2:]) > 0.09 and not states[:, 1:, 2:].any()
+    assert np.ptp(states[:, 0, 0]) > 0.75 and 0.45 < np.ptp(states[:, 1, 0]) <= 0.5 + 1e-9
+
+
+def test_shapes_of_the_objects():
+    """A circle, a square, and triangles of all four orientations alike, drawn anew for each."""
+    _, shapes = sprites_env.sample_states(np.random.default_rng(0), 2000, 2)
+    assert (shapes[:, 0] == SHAPES.index("circle")).all()
+    assert (shapes[:, 1] == SHAPES.index("square")).all()
+    shares = [(shapes[:, 2:] == SHAPES.index(name)).mean() for name in SHAPES[2:]]
+    assert shares == pytest.approx([0.25] * 4, abs=0.03)
+    assert (shapes[:, 2] == shapes[:, 3]).mean() == pytest.approx(0.25, abs=0.05)
+
+
+def test_trajectories_keep_their_shapes():
+    frames, states, _ = sprites_env.sample_trajectories(np.random.default_rng(3), 5, 4, 2)
+    _, shapes = sprites_env.sample_states(np.random.default_rng(3), 5, 2)
+    for t in range(4):
+        np.testing.assert_array_equal(frames[:, t], sprites_env.draw(states[:, t, :, :2], shapes))
+
+
+@pytest.mark.parametrize("make", [SpritesEnv, lambda **kw: SpritesVectorEnv(2, **kw)])
+def test_reset_without_a_seed_goes_on(make):
+    """It draws the next start of the same stream, and repeats none."""
+    env = make(observation="state")
+    starts = [env.reset(seed=3)[0], *(env.reset()[0] for _ in range(2))]
+    assert not any(np.array_equal(a, b) for a, b in zip(starts, [*starts[1:], starts[0]]))
+    again = [env.reset(seed=3)[0], *(env.reset()[0] for _ in range(2))]
+    np.testing.assert_array_equal(starts, again)
+    assert not np.array_equal(make(observation="state").reset()[0], starts[0])
+
+
+@pytest.mark.parametrize("velocity", [[0.06, 0], [0, -0.06]])
+@pytest.mark.parametrize("k", [0, 1])
+def test_velocities_beyond_the_limit_are_refused(k, velocity):
+    state = np.full((2, 4), 0.5)
+    state[:, 2:] = 0.05
+    env = SpritesEnv()
+    env.reset(options={"state": state})
+    state[k, 2:] = velocity
+    with pytest.raises(ValueError, match="velocities within 0.05"):
+        env.reset(options={"state": state})
+
+
+def test_shapes_alone_may_be_given():
+    env, vector = SpritesEnv(distractors=1), SpritesVectorEnv(2, distractors=1)
+    env.reset(seed=3)
+    states = env.states
+    obs, _ = env.reset(seed=3, options={"shapes": [0, 0, 5]})
+    assert (env.states == states).all() and env.shapes.tolist() == [[0, 0, 5]]
+    np.testing.assert_array_equal(obs, sprites_env.draw(states[..., :2], env.shapes))
+    vector.reset(seed=3, options={"shapes": [[0, 0, 5], [1, 1, 2]]})
+    assert (vector.states[0] == states).all() and vector.shapes.tolist() == [[0, 0, 5], [1, 1, 2]]
+
+
+def test_the_agent_is_drawn_over_the_target_over_distractors():
+    blue, orange, grey = sprites_env.COLOURS
+    shapes = np.array([1, 0, 0, 0])
+    for hidden, colour in ((0, blue), (1, orange), (2, grey)):
+        positions = np.full((4, 2), 0.5)
+        positions[:hidden] = 0.2  # somewhere else
+        image = sprites_env.draw_rgb(positions, shapes, scale=1)
+        assert (image[31, 31] == colour).all()
+    assert (image[0, 0] == 255).all()
+
+
+# --- Acting and watching ---------------------------------------------------------------------
+
+
+class Clock(gymnasium.Env):
+    """Shows its length and how old the episode is; pays the action; ends after `length` steps,
+    terminally or by a time limit."""
+
+    observation_space = gymnasium.spaces.Box(0, 99, (2,), np.float32)
+    action_space = gymnasium.spaces.Box(-99, 99, (1,), np.float32)
+
+    def __init__(self, length, terminal):
+        self.length, self.terminal = length, terminal
+
+    def look(self):
+        return np.array([self.age, self.length], np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        self.age = 0
+        return self.look(), {}
+
+    def step(self, action):
+        self.age += 1
+        ended, limit = self.age == self.length, not self.terminal
+        return self.look(), float(action[0]), ended and self.terminal, ended and limit, {}
+
+
+def clocks(*kinds):
+    """gymnasium's own vector of clocks, from pairs (length, terminal)."""
+    same_step = gymnasium.vector.AutoresetMode.SAME_STEP
+    makers = [lambda kind=kind: Clock(*kind) for kind in kinds]
+    return gymnasium.vector.SyncVectorEnv(makers, autoreset_mode=same_step)
+
+
+def test_episodes():
+    """Each environment ends in its own time; what followed is the old episode's, `obs` the new
+    one's; returns are summed up per episode, and kept in order."""
+    episodes = sprites_env.Episodes(clocks((2, False), (3, True)), seed=0)
+    assert episodes.obs[:, 0].tolist() == [0, 0] and episodes.finished == []
+    expected = [  # age followed, age now, terminated, truncated, finished so far
+        ([1, 1], [1, 1], [False, False], [False, False], []),
+        ([2, 2], [0, 2], [False, False], [True, False], [2 + 3]),
+        ([1, 3], [1, 0], [False, True], [False, False], [5, 20 + 30 + 40]),
+        ([2, 1], [0, 1], [False, False], [True, False], [5, 90, 4 + 5]),
+    ]
+    for t, (followed, now, terminated, truncated, finished) in enumerate(expected):
+        successors, rewards, *ends = episodes.step(np.array([[t + 2], [10 * (t + 2)]]))
+        assert successors[:, 0].tolist() == followed and episodes.obs[:, 0].tolist() == now
+        assert rewards.tolist() == [t + 2, 10 * (t + 2)]
+        assert [end.tolist() for end in ends] == [terminated, truncated]
+        assert episodes.finished == finished
+
+
+def test_episodes_of_sprites():
+    """Starts as seeded; the last observation is that of the state in which the episode ended."""
+    episodes = sprites_env.Episodes(SpritesVectorEnv(3, observation="state", horizon=2), seed=6)
+    env = SpritesVectorEnv(3, observation="state", horizon=3)
+    np.testing.assert_array_equal(episodes.obs, env.reset(seed=6)[0])
+    for _ in range(2):
+        successors, *_ = episodes.step(np.ones((3, 2)))
+        expected, *_ = env.step(np.ones((3, 2)))
+        np.testing.assert_array_equal(successors, expected)
+    np.testing.assert_array_equal(episodes.obs, env.reset()[0])
+
+
+def test_evaluation_is_one_episode_each():
+    """Paid 1, 2, 3 for its three steps, and 1 to 5 for five: what follows the end is not counted,
+    nor does a terminal state end the others' episodes."""
+    env = clocks((3, True), (5, False), (1, False))
+    assert sprites_env.evaluate(lambda obs: obs[:, :1] + 1, env).tolist() == [6, 15, 1]
+    seen = []
+    sprites_env.evaluate(lambda obs: seen.append(obs) or np.zeros((3, 1)), env)
+    assert len(seen) == 5
+
+
+def test_evaluation_is_held_out_and_repeats():
+    env, seen = SpritesVectorEnv(2, observation="state", horizon=3), []
+    env.reset(seed=1)
+    policy = lambda obs: seen.append(obs) or np.zeros((2, 2))  # noqa: E731
+    first, second = (sprites_env.evaluate(policy, env) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(seen[0], env.reset(seed=10**9)[0])
+    np.testing.assert_array_equal(seen[0], seen[3])
+    total = sum(env.step(np.zeros((2, 2)))[1] for _ in range(3))
+    np.testing.assert_allclose(first, total)
+
+
+def test_a_film_shows_the_evaluated_episodes():
+    """An image per environment and step, of what was there before the step."""
+    env = SpritesVectorEnv(2, horizon=3, render_mode="rgb_array")
+    film = sprites_env.film(lambda obs: np.ones((2, 2)), env)
+    env.reset(seed=10**9)
+    assert len(film) == 3
+    for row in film:
+        np.testing.assert_array_equal(row, env.render())
+        env.step(np.ones((2, 2)))
+
+
+@pytest.mark.parametrize("task, score", [("follow", 0.5), ("repel", (33.55 - 11.8) / 7.3)])
+def test_summary(task, score):
+    expected = {"eval_return_mean": 33.55, "eval_return_std": 5.35, "eval_episodes": 2}
+    told = sprites_env.summary(np.array([28.2, 38.9]), task)
+    assert told == pytest.approx(expected | {"score": score})
+    assert sprites_env.summary(np.array([38.9]))["score"] == pytest.approx(1)
+
+
+def test_gif(tmp_path):
+    """Side by side, in a black frame of three pixels; ten frames a second, for ever."""
+    red, blue = (np.full((4, 5, 3), colour, np.uint8) for colour in ((250, 0, 0), (0, 0, 250)))
+    sprites_env.save_gif(tmp_path / "film.gif", [(red, blue), (blue, red), (red, red)])
+    with Image.open(tmp_path / "film.gif") as film:
+        assert film.n_frames == 3 and film.size == (22, 10)
+        assert film.info["duration"] == 100 and film.info["loop"] == 0
+        for frame, colours in enumerate(((red, blue), (blue, red), (red, red))):
+            film.seek(frame)
+            image = np.asarray(film.convert("RGB")).astype(int)
+            for at, expected in zip((3, 14), colours):
+                assert np.abs(image[3:7, at : at + 5] - expected).max() < 10
+            assert image[:3].max() < 10 and image[:, 8:14].max() < 10
+
+
+def test_curve():
+    rows = [{"step": 10, "mse_a": 4.0, "r2": 0.1}, {"step": 30, "mse_a": 2.0, "r2": 0.3}]
+    panels = [("an error", ["mse_a"]), ("R²", ["r2", "mse_a"])]
+    figure = sprites_env.draw_curve(rows, panels, "updates", [("chance", 3.0)], offline=20)
+    left, right = figure.axes
+    (level,), (line,) = (
+        [x for x in left.lines if (x.get_ls() == "--") == d] for d in (True, False)
+    )
+    assert line.get_xdata().tolist() == [10, 30] and line.get_ydata().tolist() == [4, 2]
+    assert line.get_label() == "mse a"
+    assert list(level.get_ydata()) == [3, 3] and left.texts[0].get_text() == "chance"
+    assert left.texts[0].xy == (0, 3.0)
+    assert left.patches[0].get_x() == 0 and left.patches[0].get_width() == 20
+    assert (left.get_yscale(), right.get_yscale()) == ("log", "linear")
+    assert [x.get_ydata().tolist() for x in right.lines] == [[0.1, 0.3], [4, 2]]
+    assert not right.patches and not right.texts
+    assert [axis.get_ylabel() for axis in figure.axes] == ["an error", "R²"]
+    assert {axis.get_xlabel() for axis in figure.axes} == {"updates"}
+    names = [text.get_text() for text in right.get_legend().get_texts()]
+    assert names == ["r2", "mse a"]
+
+
+def test_images():
+    """A row per label, one image beside the other, each framed by a pixel of mid-grey."""
+    images = np.zeros((3, 64, 64))
+    images[1] = 1
+    figure = sprites_env.draw_images({"true": images, "decoded": 0.5 * images})
+    assert [axis.get_ylabel() for axis in figure.axes] == ["true", "decoded"]
+    assert figure.get_size_inches().tolist() == [3, 2]
+    for axis, scale in zip(figure.axes, (1, 0.5)):
+        (shown,) = axis.get_images()
+        row = np.asarray(shown.get_array())
+        assert row.shape == (66, 198) and shown.get_clim() == (0, 1) and shown.cmap.name == "gray"
+        assert row[1, 66:132].tolist() == [0.5 * scale, *[scale] * 64, 0.5 * scale]
+        assert not row[1:-1, 1:65].any() and (row[0] == 0.5 * scale).all()
+    colour = sprites_env.draw_images({"film": np.ones((2, 128, 128, 3))}).axes[0].get_images()[0]
+    assert colour.get_array().shape == (132, 264, 3)
