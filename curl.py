@@ -40,9 +40,9 @@ Equations
          are inner products of centred features, divided by the mean of G's diagonal
 
 Notation
-    f the encoder, bars: slow copies, prime: next step, τ and τ̄ (--tau, --encoder-tau) how fast they
-    follow. N environments, T steps of an episode, B batch, S frames of a stack, Z size of the code,
-    A of an action, F of what the convolutions give, K objects, E episodes and M frames of the
+    f the encoder, bars: slow copies, prime: next step, τ and τ̄ (--tau, --encoder-tau) how fast
+    they follow. N environments, T steps of an episode, B batch, S frames of a stack, Z size of the
+    code, A of an action, F of what the convolutions give, K objects, E episodes and M frames of the
     probe.
 
 Differs from the paper

@@ -975,18 +975,21 @@ def test_the_agent_learns_to_reach(tmp_path, monkeypatch):
     assert summary["final_agent_distance"] < 0.05 and summary["success_rate"] > 0.8
 
 
-def test_the_vae_learns_where_the_square_is():
-    """Four seconds, beta from 20 to 10: R2 .97 on new images. Without training it is about .45,
-    with beta 1 from the start .8, with a decoder that knows no places less."""
-    args, rng = Args(vae_updates=350), np.random.default_rng(0)
-    env = sprites_env.SpritesVectorEnv(100, task="reach", horizon=5)
-    images, new = (rig_td3.collect_images(env, n, rng, n) for n in (2000, 1000))
-    vae = rig_td3.VAE(args, torch.device("cpu"))
-    rig_td3.see(vae, lambda: images[0][rng.integers(2000, size=32)], 350, 20.0, 10.0)
-    prior, r2 = rig_td3.look(vae, *images, *new)
-    assert r2[1] > 0.92
-    # and only what is needed is used
-    assert prior[1].max() > 0.8 and prior[1].min() < 0.3
+def test_the_vae_learns_where_a_square_is():
+    """Two seconds, beta from 20 to 5: R2 .996 on new images (.97 after half as long), which it also
+    draws; some of z is not needed, and falls asleep."""
+    rng, vae = np.random.default_rng(0), rig_td3.VAE(Args(vae_learning_rate=4e-3), "cpu")
+    places = rng.uniform(0.1, 0.9, (2500, 2))
+    images = sprites_env.draw(places[:, None], np.zeros((2500, 1), int))[:, None]
+    rig_td3.see(vae, lambda: images[rng.integers(2000, size=32)], 140, 20.0, 5.0)
+    places = np.tile(places, 2)
+    old, new = slice(0, 2000), slice(2000, None)
+    (_, sd), r2 = rig_td3.look(vae, images[old], places[old], images[new], places[new])
+    assert min(r2) > 0.985
+    assert sd.max() > 1 and sd.min() < 0.3
+    drawn = vae.decode(vae.encode(images[new])).numpy()
+    white = images[new] == 255
+    assert drawn[white].mean() > 0.6 and drawn[~white].mean() < 0.02
 
 
 # --- Pictures --------------------------------------------------------------------------------
