@@ -29,7 +29,8 @@ repel d / sqrt(2); reach and push 0: there the learner sets the goals and pays i
 the agent pushes the square, which stays inside [0.25, 0.75], so that there is room behind it on
 every side. They touch where both coordinates of their centres differ by less than 0.15: then the
 square gives way along the axis in which they differ more, until they no longer overlap, and where
-it cannot, at its bound, the agent is held back instead (its velocity stays what it was).
+it cannot, at its bound, the agent is put back along that axis instead, even if that is sideways to
+its way (its velocity stays what it was).
 
 **Start and end.** All states are drawn uniformly (what rests has velocity 0, the square of `push`
 is inside its bounds), then everything moves once, and in `push` what overlaps is parted. An episode
@@ -275,15 +276,19 @@ def draw_rgb(positions, shapes, scale=4):
 # --- The environments ------------------------------------------------------------------------
 
 
+def _is_integer(x):
+    return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
+
+
 def _spaces(distractors, observation, task, horizon, render_mode):
     """Check the options and return the spaces of one environment."""
-    if not (isinstance(distractors, int) and distractors >= 0):
+    if not (_is_integer(distractors) and distractors >= 0):
         raise ValueError(f"distractors must be an integer of 0 or more, not {distractors!r}")
     if observation not in ("image", "state"):
         raise ValueError(f"observation must be 'image' or 'state', not {observation!r}")
     if task not in ("follow", "repel", *GOAL_TASKS):
         raise ValueError(f"task must be 'follow', 'repel', 'reach' or 'push', not {task!r}")
-    if not (isinstance(horizon, int) and horizon >= 1):
+    if not (_is_integer(horizon) and horizon >= 1):
         raise ValueError(f"horizon must be a positive integer, not {horizon!r}")
     if render_mode not in (None, "rgb_array"):
         raise ValueError(f"render_mode must be None or 'rgb_array', not {render_mode!r}")
@@ -307,8 +312,11 @@ def _given_start(options, sampled, shapes, task):
     """The start that `reset(options=...)` asks for, checked against one sampled at random."""
     if set(options) - {"state", "shapes"}:
         raise ValueError(f"reset: options are 'state' and 'shapes', not {sorted(options)}")
-    states = np.array(options.get("state", sampled), dtype=np.float64)
-    shapes = np.array(options.get("shapes", shapes), dtype=np.intp)
+    states = np.array(options.get("state", sampled))
+    shapes = np.array(options.get("shapes", shapes))
+    if states.dtype.kind not in "iuf" or shapes.dtype.kind not in "iu":
+        raise ValueError("reset: state must be real numbers, shapes must be integers")
+    states, shapes = states.astype(np.float64), shapes.astype(np.intp)
     if states.shape != sampled.shape or shapes.shape != sampled.shape[:-1]:
         raise ValueError(
             f"reset: state must have shape {sampled.shape}, shapes {sampled.shape[:-1]}, "
@@ -384,6 +392,8 @@ class SpritesEnv(gym.Env):
         )
 
     def render(self):
+        if self.states is None:
+            raise RuntimeError("call reset before render")
         if self.render_mode == "rgb_array":
             return draw_rgb(self.states[0, :, :2], self.shapes[0])
 
@@ -405,8 +415,10 @@ class SpritesVectorEnv(gym.vector.VectorEnv):
         task="follow",
         horizon=40,
         render_mode=None,
+        max_episode_steps=None,
     ):
-        if not (isinstance(num_envs, int) and num_envs >= 1):
+        horizon = horizon if max_episode_steps is None else max_episode_steps  # gymnasium's word
+        if not (_is_integer(num_envs) and num_envs >= 1):
             raise ValueError(f"num_envs must be a positive integer, not {num_envs!r}")
         self.num_envs = num_envs
         self.single_observation_space, self.single_action_space = _spaces(
@@ -454,6 +466,8 @@ class SpritesVectorEnv(gym.vector.VectorEnv):
         return obs, rewards, terminated, truncated, info
 
     def render(self):
+        if self.states is None:
+            raise RuntimeError("call reset before render")
         if self.render_mode == "rgb_array":
             return tuple(draw_rgb(s[:, :2], k) for s, k in zip(self.states, self.shapes))
 
@@ -585,8 +599,8 @@ def one_line_errors():
         ) from None
     except (ArithmeticError, MemoryError, OSError) as error:  # diverged; too large; disk full
         raise SystemExit(f"\nerror: {' '.join(str(error).split())[:200]}") from None
-    except RuntimeError as error:  # torch has no class of its own for these
-        if "memory" not in str(error) and "writing file" not in str(error):
+    except RuntimeError as error:  # torch's MemoryError
+        if "memory" not in str(error):
             raise
         raise SystemExit(f"\nerror: {' '.join(str(error).split())[:200]}") from None
 
@@ -651,7 +665,10 @@ class Run:
         if file.suffix == ".json":
             file.write_text(json.dumps(content, indent=1))
         elif file.suffix == ".pt":
-            torch.save(content, file)
+            try:
+                torch.save(content, file)
+            except RuntimeError:  # torch's word for a full disk
+                raise OSError(f"cannot write {file}: is the disk full?") from None
         elif file.suffix == ".png":
             content.savefig(file)
         else:

@@ -651,4 +651,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:]:
+        sys.exit("error: plot.py takes no arguments")
+    try:
+        main()
+    except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
+        sys.exit(f"error: the results are not as study.py writes them: {error!r}"[:200])

@@ -175,7 +175,11 @@ def read(path):
     if not path.exists():
         return []
     with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+        reader = csv.DictReader(file, restkey="too many", strict=True)
+        rows = list(reader)
+    if not rows or any("too many" in row or None in row.values() for row in rows):
+        raise ValueError(f"{path} is not a table")
+    return rows
 
 
 def write(path, rows):
@@ -207,13 +211,18 @@ def gather(jobs):
             key = tuple(map(str, job.key))
             if job.table != table or key in have or not (job.out / "summary.json").exists():
                 continue
-            summary = json.loads((job.out / "summary.json").read_text())
-            commit = json.loads((job.out / "args.json").read_text())["git_commit"] or ""
+            try:
+                summary = json.loads((job.out / "summary.json").read_text())
+                commit = json.loads((job.out / "args.json").read_text())["git_commit"] or ""
+                rows = read(job.out / "curve.csv")
+                rows[-1]["step"] = summary.get("steps", rows[-1]["step"])  # taken, not asked for
+            except (OSError, ValueError, LookupError) as error:
+                print(f"left out: {job.out} is not as a finished run leaves it ({error})")
+                continue
             finals.append(dict(zip(names, key)) | short(summary) | {"git_commit": commit[:9]})
-            rows = read(job.out / "curve.csv")
-            rows[-1]["step"] = summary.get("steps", rows[-1]["step"])  # taken, not asked for
-            for row in rows:
-                curves.append(dict(zip(names, key)) | short(row))
+            # an earlier gathering may have been interrupted between the two files
+            curves = [row for row in curves if tuple(row[name] for name in names) != key]
+            curves += [dict(zip(names, key)) | short(row) for row in rows]
         order = lambda row, names=names: tuple(row[name].zfill(9) for name in names)  # noqa: E731
         for name, rows in ((f"{table}.csv", curves), (f"{table}_final.csv", finals)):
             if rows:  # sorted() is stable: the steps of a run keep their order
@@ -273,8 +282,8 @@ def run(jobs, parallel):
 
 def main(args):
     """Plan, skip what is finished, then print or run."""
-    if args.jobs < 1:
-        raise SystemExit("error: --jobs is at least 1")
+    if args.jobs < 1 or args.total_steps < 1 or not args.seeds or min(args.seeds) < 0:
+        raise SystemExit("error: --jobs and --total-steps are at least 1, --seeds 0 or more")
     os.chdir(ROOT)
     jobs = plan(args)
     gather(jobs)
@@ -293,4 +302,9 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted: the same command goes on")
+    except (OSError, ValueError, LookupError, csv.Error) as error:  # results that are no tables
+        sys.exit(f"error: {' '.join(str(error).split())[:200]}")
