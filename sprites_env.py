@@ -576,14 +576,14 @@ def require(condition, message):
 
 
 def require_positive(args, but=""):
-    """All numbers must be finite and positive; those named in `but`, and seeds, may be 0."""
+    """All numbers must be positive and below 2**31; those named in `but`, and seeds, may be 0."""
     for name, value in vars(args).items():
         zero = name in ("seed", "torch_threads", "distractors", *but.split())
         flag, least = name.replace("_", "-"), "0 or more" if zero else "positive"
         for x in value if isinstance(value, tuple) else (value,):
             if type(x) in (int, float):
                 good = (x > 0 or zero and x == 0) and x < 2**31  # also neither infinite nor nan
-                require(good, f"--{flag} must be finite and {least}, not {x}")
+                require(good, f"--{flag} must be {least} and below 2**31, not {x}")
     # held-out data has seeds from 10**9 on
     require(args.seed < 10_000, f"--seed must be in 0 ... 9999, not {args.seed}")
 

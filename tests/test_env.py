@@ -194,7 +194,7 @@ def test_score():
 @pytest.mark.parametrize(
     "option",
     [{"distractors": -1}, {"observation": "sound"}, {"task": "sleep"}, {"horizon": 0}]
-    + [{"render_mode": "human"}],
+    + [{"render_mode": "human"}, {"distractors": True}, {"horizon": 4.0}, {"horizon": True}],
 )
 def test_bad_options_are_named(option):
     for make in (SpritesEnv, SpritesVectorEnv):
@@ -207,8 +207,11 @@ def test_bad_actions_are_refused():
     with pytest.raises(RuntimeError, match="reset"):
         env.step([0, 0])
     env.reset(), vector.reset()
-    for action in ([0, 0, 0], [np.nan, 0]):
-        with pytest.raises(ValueError, match="action"):
+    for action in ([0, 0, 0], ["0", "0"], [1j, 0]):
+        with pytest.raises(ValueError, match="action must be"):
+            env.step(action)
+    for action in ([np.nan, 0], [0, np.inf]):  # no mistake of the caller's: a diverged policy
+        with pytest.raises(FloatingPointError, match="action must be finite"):
             env.step(action)
     with pytest.raises(ValueError, match="action"):
         vector.step(np.zeros(2))
@@ -222,7 +225,12 @@ def test_render():
     for position, colour in zip((0.2, 0.5, 0.8), sprites_env.COLOURS):
         at = 4 * int(63 * position) + 2
         assert (image[at, at] == colour).all()
-    assert SpritesEnv().render() is None
+    env = SpritesEnv()
+    env.reset()
+    assert env.render() is None
+    for env in (SpritesEnv(), SpritesVectorEnv(2)):
+        with pytest.raises(RuntimeError, match="reset before render"):
+            env.render()
 
 
 # --- Goal tasks ------------------------------------------------------------------------------
@@ -364,6 +372,24 @@ def test_velocities_beyond_the_limit_are_refused(k, velocity):
     state[k, 2:] = velocity
     with pytest.raises(ValueError, match="velocities within 0.05"):
         env.reset(options={"state": state})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"state": [["0"] * 4] * 2}, {"state": [[0.5 + 0j] * 4] * 2}, {"shapes": [1.0, 0.0]}],
+)
+def test_given_starts_are_numbers(options):
+    with pytest.raises(ValueError, match="reset: state must be real numbers, shapes must be int"):
+        SpritesEnv().reset(options=options)
+
+
+def test_horizons():
+    """Of numpy's integers, too, and under gymnasium's name for it."""
+    made = gymnasium.make_vec("Sprites-v0", num_envs=2, max_episode_steps=3)
+    for env in (made, SpritesVectorEnv(np.int64(2), horizon=np.int32(3), distractors=np.int8(1))):
+        env.reset(seed=0)
+        truncated = [bool(env.step(np.zeros((2, 2)))[3].all()) for _ in range(3)]
+        assert truncated == [False, False, True]
 
 
 def test_shapes_alone_may_be_given():
@@ -534,13 +560,13 @@ def test_images():
     """A row per label, one image beside the other, each framed by a pixel of mid-grey."""
     images = np.zeros((3, 64, 64))
     images[1] = 1
-    figure = sprites_env.draw_images({"true": images, "decoded": 0.5 * images})
+    figure = sprites_env.draw_images({"true": images, "decoded": 0.5 * images[:2]})
     assert [axis.get_ylabel() for axis in figure.axes] == ["true", "decoded"]
     assert figure.get_size_inches().tolist() == [3, 2]
-    for axis, scale in zip(figure.axes, (1, 0.5)):
+    for axis, scale, width in zip(figure.axes, (1, 0.5), (198, 132)):
         (shown,) = axis.get_images()
         row = np.asarray(shown.get_array())
-        assert row.shape == (66, 198) and shown.get_clim() == (0, 1) and shown.cmap.name == "gray"
+        assert row.shape == (66, width) and shown.get_clim() == (0, 1) and shown.cmap.name == "gray"
         assert row[1, 66:132].tolist() == [0.5 * scale, *[scale] * 64, 0.5 * scale]
         assert not row[1:-1, 1:65].any() and (row[0] == 0.5 * scale).all()
     colour = sprites_env.draw_images({"film": np.ones((2, 128, 128, 3))}).axes[0].get_images()[0]

@@ -12,12 +12,12 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from test_env import clocks
 from torch import nn
 
 import ppo_encoder as ppo
 import rp_pretrain
 import sprites_env
-from test_env import clocks
 
 TINY = {"total_steps": 32, "num_envs": 2, "rollout_steps": 4, "minibatches": 3, "epochs": 2}
 TINY |= {"eval_episodes": 3, "torch_threads": 1, "device": "cpu"}
@@ -514,14 +514,14 @@ def test_run_name():
     [
         ("--encoder resnet", "--encoder"),
         ("--distractors 9", "--distractors"),
-        ("--total-steps -5", "--total-steps must be finite and positive, not -5"),
+        ("--total-steps -5", "--total-steps must be positive and below 2**31, not -5"),
         ("--encoder oracle --total-steps 10239", "--total-steps must be at least two rollouts"),
         ("--encoder oracle --gamma 1", "--gamma must be below 1, --gae-lambda not above"),
         ("--gae-lambda 1.1", "--gamma must be below 1, --gae-lambda not above"),
-        ("--encoder oracle --clip -1", "--clip must be finite and positive, not -1.0"),
+        ("--encoder oracle --clip -1", "--clip must be positive and below 2**31, not -1.0"),
         ("--num-envs 1 --minibatches 21", "--minibatches must be at most half of a rollout, 20"),
         ("--encoder oracle --encoder-path text.pt", "--encoder-path is of no use"),
-        ("--encoder oracle --seed -1", "--seed must be finite and 0 or more, not -1"),
+        ("--encoder oracle --seed -1", "--seed must be 0 or more and below 2**31, not -1"),
         ("--encoder oracle --device cuda", "--device cuda, but PyTorch finds no CUDA device"),
         (f"--encoder oracle --out {'long' * 99}", "cannot write to longlong"),
         ("--encoder oracle --out text.pt/run", "cannot write to text.pt/run: Not a directory"),
@@ -552,3 +552,31 @@ def test_bad_input_gets_one_clear_line(tmp_path, monkeypatch, capsys, flags, mes
         assert stop.value.code.startswith("error: ") and message in stop.value.code
         assert "\n" not in stop.value.code
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+# --- Short, real learning, which neither blind nor half-broken agents reach ------------------
+
+
+def test_oracle_learns_to_chase(tmp_path, pictures):
+    """Chasing is worth 37.95, waiting in the centre 31.2."""
+    short = {"total_steps": 20_000, "num_envs": 32, "rollout_steps": 40, "minibatches": 16}
+    args = tiny(tmp_path, encoder="oracle", **short, epochs=4, eval_episodes=50)
+    assert ppo.train(args)["eval_return_mean"] > 37.4
+
+
+class Pointing(sprites_env.SpritesVectorEnv):
+    """Pays at most 1 a step, for an action that points to where the square is in the frame."""
+
+    def step(self, actions):
+        goal = (self.states[:, 1, :2] - 0.5) / 0.4
+        obs, _, *ends = super().step(actions)
+        return obs, 1 - np.abs(actions - goal).mean(1), *ends
+
+
+def test_learns_from_pixels(tmp_path, monkeypatch, pictures):
+    """From scratch. A blind agent gets 20, half of what there is to get."""
+    monkeypatch.setattr(ppo, "make_env", lambda args, n, **_: Pointing(n, **args.environment))
+    short = {"total_steps": 6400, "num_envs": 32, "rollout_steps": 10, "minibatches": 8}
+    short |= {"epochs": 4, "eval_episodes": 20, "distractors": 0}
+    args = tiny(tmp_path, encoder="image_scratch", **short)
+    assert ppo.train(args)["eval_return_mean"] > 32

@@ -102,10 +102,12 @@ def test_defaults_depend_on_the_task():
     assert (near.gamma, near.total_steps) == (0, 400)
     assert reach.environment == {"task": "reach", "distractors": 0, "observation": "image"}
     assert push.environment == {"task": "push", "distractors": 2, "observation": "state"}
-    assert push.run_name == "push_oracle_d2_s7" and Args(goals="pixel").environment != push
+    assert push.run_name == "push_oracle_d2_s7"
+    assert Args(goals="pixel").environment == reach.environment
     env = rig_td3.make_env(push, 3, horizon=9)
     assert (env.num_envs, env.horizon, env.task) == (3, 9, "push")
     assert (env.distractors, env.observation) == (2, "state")
+    assert (rig_td3.RANDOM_STEPS, rig_td3.REPORT_EVERY) == (800, 2000)  # as the docstring says
 
 
 @pytest.mark.parametrize(
@@ -113,20 +115,20 @@ def test_defaults_depend_on_the_task():
     [
         ({"goal_fractions": (0.5, 0.5, 0.5)}, "add up to 1"),
         ({"goal_fractions": (0.2, 0.4, 0.3)}, "add up to 1"),
-        ({"goal_fractions": (1.5, -0.5, 0.0)}, "--goal-fractions must be finite and 0 or more"),
-        ({"goal_fractions": (math.nan, 0.5, 0.5)}, "--goal-fractions must be finite"),
+        ({"goal_fractions": (1.5, -0.5, 0.0)}, "--goal-fractions must be 0 or more"),
+        ({"goal_fractions": (math.nan, 0.5, 0.5)}, "--goal-fractions must be"),
         ({"total_steps": 39}, "--total-steps must be at least 40"),
         ({"total_steps": 119, "num_envs": 3}, "--total-steps must be at least 120"),
-        ({"total_steps": 0}, "--total-steps must be finite and positive"),
-        ({"finetune_every": -1}, "--finetune-every must be finite and 0 or more"),
+        ({"total_steps": 0}, "--total-steps must be positive"),
+        ({"finetune_every": -1}, "--finetune-every must be 0 or more"),
         ({"gamma": 1.0}, "--gamma must be below 1"),
-        ({"gamma": -0.1}, "--gamma must be finite and 0 or more"),
+        ({"gamma": -0.1}, "--gamma must be 0 or more"),
         ({"tau": 1.1}, "--tau not above"),
-        ({"tau": 0.0}, "--tau must be finite and positive"),
-        ({"beta": 0.0}, "--beta must be finite and positive"),
-        ({"noise": math.inf}, "--noise must be finite"),
+        ({"tau": 0.0}, "--tau must be positive"),
+        ({"beta": 0.0}, "--beta must be positive"),
+        ({"noise": math.inf}, "--noise must be"),
         ({"images": 9}, "--images must be at least 10"),
-        ({"seed": -1}, "--seed must be finite and 0 or more"),
+        ({"seed": -1}, "--seed must be 0 or more"),
         ({"seed": 10_000}, "--seed must be in 0 ... 9999"),
     ],
     ids=lambda x: x if isinstance(x, str) else "_".join(map(str, x)),
@@ -390,17 +392,19 @@ def test_update_vae():
     frames = (torch.rand(4, 1, 64, 64) < 0.1).float()
     with torch.no_grad():
         vae.encoder.head.bias.copy_(torch.tensor([0.5, -1.0, 1.0, -2.0]))
-        mean, log_var = vae.encoder(frames).double().split(2, -1)
-        torch.manual_seed(1)
-        z = mean + log_var.exp().sqrt() * torch.randn(4, 2)
-        p = vae.decoder(z.float()).double().sigmoid()
+    mean, log_var = vae.encoder(frames).split(2, -1)
+    torch.manual_seed(1)
+    z = mean + log_var.exp().sqrt() * torch.randn(4, 2)
+    p = vae.decoder(z).double().sigmoid()
     likelihood = frames * p.log() + (1 - frames) * (1 - p).log()
     kl = 0.5 * (mean**2 + log_var.exp() - log_var - 1).sum(1)
+    expected = (30 * kl - likelihood.flatten(1).sum(1)).mean()
+    gradient, *_ = torch.autograd.grad(expected, vae.encoder.head.bias)
     before = snapshot(vae.encoder, vae.decoder)
     torch.manual_seed(1)
     loss = rig_td3.update_vae(vae, frames, 30.0)
-    expected = (30 * kl - likelihood.flatten(1).sum(1)).mean().item()
-    assert loss.item() == pytest.approx(expected, rel=1e-5) and not loss.requires_grad
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5) and not loss.requires_grad
+    close(vae.encoder.head.bias.grad, gradient, atol=1e-3)
     assert moved(before, vae.encoder, vae.decoder) == [True, True]
     torch.manual_seed(1)
     assert rig_td3.update_vae(vae, frames, 30.0) < loss
@@ -423,6 +427,8 @@ def test_update_goal_critic(agent, batch):
     errors = [numpy_mlp(head, before)[:, 0] - y for head in agent.critic.heads]
     networks = agent.actor, agent.actor_target, agent.critic_target, agent.critic
     frozen = snapshot(*networks)
+    for p in agent.actor.parameters():
+        p.grad = torch.ones_like(p)  # of an earlier step of its own
 
     def update():
         torch.manual_seed(1)
@@ -432,7 +438,7 @@ def test_update_goal_critic(agent, batch):
     assert loss.item() == pytest.approx(np.square(errors).mean(1).sum(), rel=1e-5)
     assert moved(frozen, *networks) == [False, False, False, True] and not loss.requires_grad
     assert update() < loss
-    assert all(p.grad is None for network in networks[:3] for p in network.parameters())
+    assert all((p.grad == 1).all() for p in agent.actor.parameters())
     gradients_do_not_pile_up(update, agent.critic_optimizer, agent.critic)
 
 
@@ -554,6 +560,7 @@ def test_relabelled_batch(replay, goals):
     practised, imagined = goal[:, 0] == -10 * e - 7, goal[:, 0] > 900
     later = (goal[:, 0] // 10 == e) & (goal[:, 0] % 10 > t) & (goal[:, 0] % 10 <= 5)
     assert (practised ^ imagined ^ later).all()
+    assert set((goal[:, 0] % 10 - t)[later]) == {1, 2, 3, 4, 5}
     found = [practised.mean(), imagined.mean(), later.mean()]
     assert found == pytest.approx(shares, abs=0.03)
     assert goal[imagined].std(0) == pytest.approx([3] * 3, abs=0.2)
@@ -836,8 +843,9 @@ def test_story_images(story):
     for expected, found in ((own, collected), (new, collected_new)):
         assert all(map(np.array_equal, expected, found))
     first = story.of["see"][0][0]
-    sampled = {frame.tobytes() for frame in first[1]()}
-    assert 64 < len(sampled) <= 128 and sampled <= {frame.tobytes() for frame in own[0]}
+    sampled, more = ({frame.tobytes() for frame in first[1]()} for _ in range(2))
+    assert len(first[1]()) == 128 and sampled != more
+    assert sampled | more <= {frame.tobytes() for frame in own[0]}
     for args, _ in story.of["look"]:
         assert all(map(np.array_equal, (*own, *new), args[1:]))
     for args, _ in story.of["see_again"]:
@@ -989,7 +997,7 @@ def test_the_vae_learns_where_a_square_is():
     assert sd.max() > 1 and sd.min() < 0.3
     drawn = vae.decode(vae.encode(images[new])).numpy()
     white = images[new] == 255
-    assert drawn[white].mean() > 0.6 and drawn[~white].mean() < 0.02
+    assert drawn[white].mean() > 0.45 and drawn[~white].mean() < 0.02
 
 
 # --- Pictures --------------------------------------------------------------------------------

@@ -442,8 +442,8 @@ def test_run_name(changes, name):
         ("--distractors 3", "--distractors"),
         ("--tasks agent_x agent_x", "error: --tasks needs at least one task, each named once"),
         ("--tasks", "error: --tasks needs at least one task, each named once"),
-        ("--updates -1", "error: --updates must be finite and positive, not -1"),
-        ("--learning-rate nan", "error: --learning-rate must be finite and positive, not nan"),
+        ("--updates -1", "error: --updates must be positive and below 2**31, not -1"),
+        ("--learning-rate nan", "error: --learning-rate must be positive and below 2**31, not nan"),
         ("--conditioning-frames 11", "error: --horizon must reach over the --conditioning-frames"),
         ("--seed 10000", "error: --seed must be in 0 ... 9999, not 10000"),
         ("--updates 1 --out text/run", "error: cannot write to text/run: Not a directory"),
@@ -462,16 +462,16 @@ def test_bad_input_gets_one_clear_line(tmp_path, monkeypatch, capsys, flags, mes
 
 
 def test_pretraining_finds_the_target_and_not_the_distractor(tmp_path, monkeypatch, pictures):
-    """The variance of the rewards is 0.053: what predicting their mean would leave."""
-    measure = rp.measure  # once is enough
-    monkeypatch.setattr(rp, "measure", lambda *args: {"mse": 0.0, "r2": 0.0})
-    args = tiny(tmp_path, updates=400, batch_size=32, tasks=("target_x", "target_y"))
+    """Short, real learning. Predicting the mean of the rewards would leave their variance, .053."""
+    measure = rp.measure
+    monkeypatch.setattr(rp, "measure", lambda *args: {"mse": 0.0, "r2": 0.0})  # once is enough
+    short = {"updates": 350, "batch_size": 32, "conditioning_frames": 1, "horizon": 3}
+    args = tiny(tmp_path, **short, tasks=("target_x", "target_y"))
     rp.train(args)
-    model = rp.Model(args, "cpu")
-    saved = torch.load(tmp_path / "checkpoint.pt")
+    model, saved = rp.Model(args, "cpu"), torch.load(tmp_path / "checkpoint.pt")
     for name in ("encoder", "decoder", "predictor"):
         getattr(model, name).load_state_dict(saved[name])
     metrics = measure(model, *held_out_data(args), args)
     assert metrics["mse"] < 0.02
-    assert min(metrics["r2_target_x"], metrics["r2_target_y"]) > 0.8
-    assert max(metrics[f"r2_{k}_{i}"] for k in ("agent", "distractor1") for i in "xy") < 0.4
+    assert min(metrics["r2_target_x"], metrics["r2_target_y"]) > 0.5
+    assert max(metrics[f"r2_{k}_{i}"] for k in ("agent", "distractor1") for i in "xy") < 0.3

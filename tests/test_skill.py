@@ -47,10 +47,10 @@ def run(out, pictures=False, **changes):
         return se.train(args)
 
 
-def read_curve(out, timing=False):
+def read_curve(out):
     with open(out / "curve.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    return [{k: float(v) for k, v in row.items() if timing or "second" not in k} for row in rows]
+    return [{k: float(v) for k, v in row.items() if "second" not in k} for row in rows]
 
 
 def load(*path):
@@ -63,6 +63,88 @@ def assert_same(a, b):
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
+
+
+# --- Arguments --------------------------------------------------------------------------------
+
+USUAL = ("spread", "z_sd", "alpha1", "alpha2", "total_steps")
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({}, (1.5, 0.2, 2, 0.2, 224_000)),
+        ({"experiment": "generality"}, (0, 0.2, 2, 0.2, 224_000)),
+        ({"experiment": "versatility"}, (0, 1, 5, 0.5, 224_000)),
+        ({"experiment": "transfer"}, (1.5, 0.2, 2, 0.2, 128_000)),
+        ({"embedding": "bernoulli"}, (1.5, 0.2, 2, 0.2, 224_000)),
+        ({"embedding": "one_hot"}, (1.5, 0.2, 0, 0, 224_000)),
+        ({"embedding": "one_hot", "experiment": "versatility"}, (0, 1, 0, 0, 224_000)),
+        (dict(zip(USUAL, (0.0, 0.3, 0.0, 0.7, 900))), (0, 0.3, 0, 0.7, 900)),
+    ],
+)
+def test_defaults_of_the_experiments(changes, expected):
+    args = se.Args(**changes)
+    assert tuple(getattr(args, name) for name in USUAL) == expected
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"gamma": 1.0}, "--gamma must be below 1"),
+        ({"spread": -1.0}, "--spread must be 0 or more"),
+        ({"alpha2": -1.0}, "--alpha2"),
+        ({"learning_rate": math.nan}, "--learning-rate must be positive"),
+        ({"z_sd": 0.0}, "--z-sd must be positive"),
+        ({"window": -1}, "--window"),
+        ({"total_steps": 159}, "at least 160"),
+        ({"experiment": "transfer", "transfer_steps": 159}, "at least 160"),
+        ({"hold": 7}, "--hold must divide 40"),
+        ({"z_dim": 0}, "--z-dim"),
+        ({"embedding": "one_hot", "z_dim": 4}, "--z-dim is the number of tasks"),
+        ({"library": "x.pt"}, "--library is for --experiment transfer"),
+        ({"experiment": "transfer", "library": "missing.pt"}, "missing.pt is no checkpoint"),
+        ({"seed": -1}, "--seed"),
+        ({"seed": 10_000}, "--seed must be in 0 ... 9999"),
+        ({"num_envs": 6, "total_steps": 960}, "multiples of 4"),
+        ({"eval_episodes": 2}, "multiples of 4"),
+        ({"experiment": "transfer", "embedding": "bernoulli"}, "bits"),
+        ({"device": "cuda"}, "--device cuda"),
+    ],
+)
+def test_bad_input(changes, message, tmp_path, monkeypatch):
+    """One line, and no folder."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=message) as error:
+        run(tmp_path / "out", **changes)
+    assert str(error.value).startswith("error: ") and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_allowed():
+    se.Args(total_steps=160, num_envs=4, transfer_steps=1)  # transfer_steps is of no account here
+    se.Args(experiment="transfer", total_steps=640, transfer_steps=640)
+    se.Args(experiment="versatility", num_envs=3, eval_episodes=5, window=0, alpha3=0.0, gamma=0.99)
+    flags = "--experiment versatility --z-ratio --embedding bernoulli --z-dim 4 --seed 9999"
+    args = tyro.cli(se.Args, args=flags.split())
+    assert args.z_ratio and args.z_dim == 4 and args.alpha1 == 5
+    assert args.run_name == "versatility_bernoulli_s9999"
+    with pytest.raises(SystemExit, match="--hold must divide"):
+        tyro.cli(se.Args, args=["--hold", "3"])
+
+
+def test_a_library_that_is_none(tmp_path):
+    files = {"a.pt": b"no checkpoint", "b.pt": b"", "c.csv": b"step,seconds", "d.gif": b"GIF89a"}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    torch.save({"networks": {}}, tmp_path / "e.pt")
+    bits = make_learner(z_dim=2, embedding="bernoulli")
+    sizes = SIZES | {"embedding": "bernoulli"}
+    torch.save({"sizes": sizes, "networks": bits.state_dict()}, tmp_path / "bits.pt")
+    for name in (*files, "e.pt", "bits.pt"):
+        with pytest.raises(SystemExit, match="bits" if "bits" in name else "no checkpoint of sk"):
+            run(tmp_path / "out", experiment="transfer", library=str(tmp_path / name))
+    assert not (tmp_path / "out").exists()
 
 
 # --- Networks: against numpy ------------------------------------------------------------------
@@ -461,6 +543,7 @@ def test_without_a_z_there_is_nothing_to_name():
     se.update_skill_critic(agent, batch, log_q, 0.3, 0.2, 0.7, args)
     se.update_skill_actor(agent, batch, 0.2, args)
     assert_same(agent.learner.inference.state_dict(), before)
+    assert not agent.inference_optimizer.state  # not even for a gradient of zero
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "bernoulli"])
@@ -674,6 +757,7 @@ def test_evaluation():
     """Starts and skills come from a stream of their own, tasks come in turn, the mean acts, and
     nobody's random numbers are used up."""
     learner, tasks = make_learner(), se.GoalTasks(12, se.TASKS["library"])
+    learner.embedding.width.data[:] = torch.randn(4, 3)
     state = torch.random.get_rng_state()
     metrics, episodes = se.evaluate_skills(tasks, learner, 2)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -786,7 +870,7 @@ def test_learns_four_tasks():
     args = se.Args(**TINY | changes, learning_rate=2e-3)
     list(se.learn(se.GoalTasks(16, goals), learner, args.total_steps, 1, args, rng, CPU))
     metrics, _ = se.evaluate_skills(se.GoalTasks(64, goals), learner, 2)
-    assert metrics["worst_task"] > 0.6 and metrics["eval_return_mean"] > 31.5, metrics
+    assert metrics["success_rate"] > 0.75 and metrics["worst_task"] > 0.4, metrics
 
 
 # --- Runs -------------------------------------------------------------------------------------
@@ -800,6 +884,8 @@ def test_a_run(experiment, embedding, tmp_path, capsys):
     """It is `learn` from the seed, with an evaluation now and then that it does not notice; twice
     it is the same; what it tells is of the networks it saves."""
     changes = {"experiment": experiment, "embedding": embedding, "seed": 3, "total_steps": 350}
+    if experiment == "generality" and embedding != "one_hot":
+        changes["z_dim"] = 3
     drawn = experiment != "generality" or embedding == "gaussian"
     summary = run(tmp_path / "a", drawn, **changes)
     assert capsys.readouterr().out.splitlines()[-1].startswith("320/320 ")
@@ -810,7 +896,7 @@ def test_a_run(experiment, embedding, tmp_path, capsys):
 
     args, K = se.Args(**TINY | changes), 1 if experiment == "versatility" else 4
     torch.manual_seed(3)
-    z_dim = K if embedding == "one_hot" else 2
+    z_dim = K if embedding == "one_hot" else changes.get("z_dim", 2)
     sizes = 4, 2, K, z_dim, embedding, 2, args.spread, args.z_sd
     learner = se.SkillLearner(*sizes)
     tasks, rng = se.GoalTasks(4, se.TASKS[experiment]), np.random.default_rng(3)
@@ -834,13 +920,12 @@ def test_a_run(experiment, embedding, tmp_path, capsys):
             assert film.size[0] > 4 * 256 - 1
 
 
-def test_twenty_reports_and_another_seed(tmp_path):
+def test_twenty_reports(tmp_path):
     changes = {"experiment": "versatility", "num_envs": 1, "eval_episodes": 2, "updates": 1}
-    for seed in (1, 2):
-        run(tmp_path / str(seed), **changes, total_steps=41 * 40, seed=seed)
-    one, two = (read_curve(tmp_path / name) for name in "12")
-    assert [row["step"] for row in one] == [*range(80, 1601, 80), 1640] and one[0] != two[0]
-    header = (tmp_path / "1" / "curve.csv").read_text().split("\n")[0]
+    run(tmp_path, **changes, total_steps=41 * 40)
+    steps = [row["step"] for row in read_curve(tmp_path)]
+    assert steps == [*range(80, 1601, 80), 1640]
+    header = (tmp_path / "curve.csv").read_text().split("\n")[0]
     assert header.startswith("step,seconds,steps_per_second,success_rate")
 
 
@@ -979,88 +1064,6 @@ def test_transfer_learns_a_library_first(tmp_path):
         assert film.size[0] > 4 * 256 - 1
     (tmp_path / "both" / "summary.json").unlink()  # as if it had been interrupted
     run(tmp_path / "both", experiment="transfer")
-
-
-# --- Arguments --------------------------------------------------------------------------------
-
-USUAL = ("spread", "z_sd", "alpha1", "alpha2", "total_steps")
-
-
-@pytest.mark.parametrize(
-    "changes, expected",
-    [
-        ({}, (1.5, 0.2, 2, 0.2, 224_000)),
-        ({"experiment": "generality"}, (0, 0.2, 2, 0.2, 224_000)),
-        ({"experiment": "versatility"}, (0, 1, 5, 0.5, 224_000)),
-        ({"experiment": "transfer"}, (1.5, 0.2, 2, 0.2, 128_000)),
-        ({"embedding": "bernoulli"}, (1.5, 0.2, 2, 0.2, 224_000)),
-        ({"embedding": "one_hot"}, (1.5, 0.2, 0, 0, 224_000)),
-        ({"embedding": "one_hot", "experiment": "versatility"}, (0, 1, 0, 0, 224_000)),
-        (dict(zip(USUAL, (0.0, 0.3, 0.0, 0.7, 900))), (0, 0.3, 0, 0.7, 900)),
-    ],
-)
-def test_defaults_of_the_experiments(changes, expected):
-    args = se.Args(**changes)
-    assert tuple(getattr(args, name) for name in USUAL) == expected
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"gamma": 1.0}, "--gamma must be below 1"),
-        ({"spread": -1.0}, "--spread must be finite and 0 or more"),
-        ({"alpha2": -1.0}, "--alpha2"),
-        ({"learning_rate": math.nan}, "--learning-rate must be finite and positive"),
-        ({"z_sd": 0.0}, "--z-sd must be finite and positive"),
-        ({"window": -1}, "--window"),
-        ({"total_steps": 159}, "at least 160"),
-        ({"experiment": "transfer", "transfer_steps": 159}, "at least 160"),
-        ({"hold": 7}, "--hold must divide 40"),
-        ({"z_dim": 0}, "--z-dim"),
-        ({"embedding": "one_hot", "z_dim": 4}, "--z-dim is the number of tasks"),
-        ({"library": "x.pt"}, "--library is for --experiment transfer"),
-        ({"experiment": "transfer", "library": "missing.pt"}, "missing.pt is no checkpoint"),
-        ({"seed": -1}, "--seed"),
-        ({"seed": 10_000}, "--seed must be in 0 ... 9999"),
-        ({"num_envs": 6, "total_steps": 960}, "multiples of 4"),
-        ({"eval_episodes": 2}, "multiples of 4"),
-        ({"experiment": "transfer", "embedding": "bernoulli"}, "bits"),
-        ({"device": "cuda"}, "--device cuda"),
-    ],
-)
-def test_bad_input(changes, message, tmp_path, monkeypatch):
-    """One line, and no folder."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match=message) as error:
-        run(tmp_path / "out", **changes)
-    assert str(error.value).startswith("error: ") and "\n" not in str(error.value)
-    assert not (tmp_path / "out").exists()
-
-
-def test_what_is_allowed():
-    se.Args(total_steps=160, num_envs=4, transfer_steps=1)  # transfer_steps is of no account here
-    se.Args(experiment="transfer", total_steps=640, transfer_steps=640)
-    se.Args(experiment="versatility", num_envs=3, eval_episodes=5, window=0, alpha3=0.0, gamma=0.99)
-    flags = "--experiment versatility --z-ratio --embedding bernoulli --z-dim 4 --seed 9999"
-    args = tyro.cli(se.Args, args=flags.split())
-    assert args.z_ratio and args.z_dim == 4 and args.alpha1 == 5
-    assert args.run_name == "versatility_bernoulli_s9999"
-    with pytest.raises(SystemExit, match="--hold must divide"):
-        tyro.cli(se.Args, args=["--hold", "3"])
-
-
-def test_a_library_that_is_none(tmp_path):
-    files = {"a.pt": b"no checkpoint", "b.pt": b"", "c.csv": b"step,seconds", "d.gif": b"GIF89a"}
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
-    torch.save({"networks": {}}, tmp_path / "e.pt")
-    bits = make_learner(z_dim=2, embedding="bernoulli")
-    sizes = SIZES | {"embedding": "bernoulli"}
-    torch.save({"sizes": sizes, "networks": bits.state_dict()}, tmp_path / "bits.pt")
-    for name in (*files, "e.pt", "bits.pt"):
-        with pytest.raises(SystemExit, match="bits" if "bits" in name else "no checkpoint of sk"):
-            run(tmp_path / "out", experiment="transfer", library=str(tmp_path / name))
-    assert not (tmp_path / "out").exists()
 
 
 def test_finished_runs_are_kept(tmp_path):
