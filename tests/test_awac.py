@@ -422,7 +422,7 @@ def test_update_is_critic_then_policy(algorithm):
 # --- Data ------------------------------------------------------------------------------------
 
 
-def check_dynamics(data, episodes, horizon):
+def check_dynamics(data):
     """Successors and rewards are those of the environment, also where an episode ends."""
     states = (
         data["observations"].astype(np.float64).reshape(-1, data["observations"].shape[1] // 4, 4)
@@ -441,7 +441,7 @@ def test_dataset_is_what_the_behaviours_did():
     assert shapes["rewards"] == ((240,), np.float32)
     assert not data["terminated"].any()
     assert np.flatnonzero(data["truncated"]).tolist() == [39, 79, 119, 159, 199, 239]
-    check_dynamics(data, 6, 40)
+    check_dynamics(data)
     within = np.flatnonzero(~data["truncated"])
     assert np.array_equal(data["next_observations"][within], data["observations"][within + 1])
     states = data["observations"].astype(np.float64).reshape(6, 40, 3, 4)
@@ -577,7 +577,7 @@ def test_learn_online(monkeypatch, environment, offline):
     assert reports == [(offline + step, {"updates": step}) for step in expected]
 
     new = {name: column[10:] for name, column in replay.columns.items()}
-    check_dynamics(new, 100, 20)
+    check_dynamics(new)
     new = {name: column.reshape(40, 50, *column.shape[1:]) for name, column in new.items()}
     obs, successors = new["observations"], new["next_observations"]
     assert np.array_equal(obs[0], environment(50, 0, "state").reset(seed=7)[0])

@@ -544,7 +544,7 @@ def test_probe_encoders(monkeypatch):
     assert list(rows) == labels
     by_hand = {"z": codes[""].numpy(), "pixels": pixels.numpy()}
     for i, query in enumerate((0, 1, 2, 4, 5, 7)):
-        picture = sprites_env.draw_rgb(states[query, 4 // 2 + 3, :, :2], shapes[query], scale=2)
+        picture = sprites_env.draw_rgb(states[query, 5, :, :2], shapes[query], scale=2)
         assert np.array_equal(rows["query"][i], picture)
         for space, code in by_hand.items():
             distance = ((code - code[query, 5]) ** 2).sum(-1)
@@ -724,7 +724,7 @@ def test_reports(puppets):
     assert all(fresh[::40]) and sum(fresh) == 10
 
 
-def test_the_probe_compares_with_the_encoder_of_the_start(puppets):
+def test_checkpoint_and_probe_with_the_encoder_of_the_start(puppets):
     saved = torch.load(puppets.folder / "checkpoint.pt", weights_only=True)
     assert saved.keys() == {"encoder", "actor", "step"} and saved["step"] == 160
     torch.manual_seed(3)
@@ -737,7 +737,9 @@ def test_the_probe_compares_with_the_encoder_of_the_start(puppets):
         expected = curl.probe(code, states)
         assert puppets.summary[name] == pytest.approx(expected, abs=2e-3)
         agent.encoder.load_state_dict(saved["encoder"])
-    agent.actor.load_state_dict(saved["actor"])
+    for name in ("encoder", "actor"):
+        expected = dict(getattr(puppets.agent, name).state_dict())
+        torch.testing.assert_close(saved[name], expected, rtol=0, atol=0)
 
 
 def test_an_episode_that_ends_alone_is_refused(tmp_path, monkeypatch):

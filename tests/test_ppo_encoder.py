@@ -439,7 +439,8 @@ def test_a_run_by_hand(tmp_path, pictures, encoder, task):
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt")
     steps = 8 * (args.total_steps // 8)
     assert checkpoint["encoder"] == encoder and checkpoint["step"] == steps
-    torch.testing.assert_close(checkpoint["model"], dict(model.state_dict()))
+    exactly = {"atol": 1e-7, "rtol": 1e-5}
+    torch.testing.assert_close(checkpoint["model"], dict(model.state_dict()), **exactly)
     if encoder.startswith(ppo.PRETRAINED):  # frozen ones stay, the others move; statistics stay
         for name, value in pretrained.state_dict().items():
             moves = "finetune" in encoder and "running" not in name and "tracked" not in name
