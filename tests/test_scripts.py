@@ -181,13 +181,14 @@ def test_device(here, monkeypatch, device, there):
 def test_a_run_starts_over(here):
     """Without the last run's rows, results and weights, but with what others put there."""
     run = sprites_env.Run(Args(), total=2)
-    run.report(1, loss=5.0)
-    run.save("checkpoint.pt", {"step": 1})
+    for step in (1, 2):
+        run.report(step, loss=5.0)
+    run.save("checkpoint.pt", {"step": 2})
     run.save("mine.json", {})
     run.finish({"loss": 5.0}, [("loss", ["loss"])], "steps")
     with pytest.raises(SystemExit, match="holds a finished run"):
         sprites_env.Run(Args(), total=2)
-    assert len(rows_of(run.folder)) == 1
+    assert len(rows_of(run.folder)) == 2
     again = sprites_env.Run(Args(overwrite=True), total=2)
     names = sorted(path.name for path in again.folder.iterdir())
     assert names == ["args.json", "curve.csv", "curve.png", "mine.json"]
