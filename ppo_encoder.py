@@ -74,6 +74,7 @@ Try
 import math
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -417,6 +418,7 @@ def train(args):
     run = Run(args, total=(iterations + 1) * N * T)
     device = run.device
     encoder = make_encoder(args).to(device)
+    run.start = time.perf_counter()  # pretraining does not count
     encoder.eval()  # batch normalisation, if any, keeps its pretraining statistics
     encoder.requires_grad_(args.encoder not in FROZEN)
     episodes = sprites_env.Episodes(make_env(args, N), args.seed * 100_000)

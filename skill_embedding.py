@@ -88,6 +88,7 @@ Try
 
 import copy
 import math
+import time
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -706,6 +707,7 @@ def train_transfer(args):
         folder = run.folder / "library"
         train(replace(args, experiment="library", out=str(folder), overwrite=True))
     library = load_skills(args.library or folder / "checkpoint.pt").to(device)
+    run.start = time.perf_counter()  # the library does not count
     skills = library.policy.requires_grad_(False)
     K, z_dim = library.embedding.place.shape
 

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -502,6 +503,24 @@ def test_another_scripts_files_stay(tmp_path, pictures):
     assert json.loads((tmp_path / "args.json").read_text()) == facts
     ppo.train(tiny(tmp_path, encoder="oracle", overwrite=True))
     assert (tmp_path / "encoder.pt").exists()
+
+
+def test_pretraining_is_not_timed(tmp_path, pictures, monkeypatch):
+    made, starts, make, report = [], [], ppo.make_encoder, sprites_env.Run.report
+
+    def slow(args):
+        encoder = make(args)
+        made.append(time.perf_counter())
+        return encoder
+
+    def watched(self, *args, **metrics):
+        starts.append(self.start)
+        report(self, *args, **metrics)
+
+    monkeypatch.setattr(ppo, "make_encoder", slow)
+    monkeypatch.setattr(sprites_env.Run, "report", watched)
+    ppo.train(tiny(tmp_path, encoder="oracle"))
+    assert min(starts) >= made[0]
 
 
 def test_run_name():

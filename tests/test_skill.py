@@ -883,7 +883,7 @@ ALL = [(x, y) for x in ("library", "versatility", "generality")
 def test_a_run(experiment, embedding, tmp_path, capsys):
     """It is `learn` from the seed, with an evaluation now and then that it does not notice; twice
     it is the same; what it tells is of the networks it saves."""
-    changes = {"experiment": experiment, "embedding": embedding, "seed": 3, "total_steps": 350}
+    changes = {"experiment": experiment, "embedding": embedding, "seed": 7, "total_steps": 350}
     if experiment == "generality" and embedding != "one_hot":
         changes["z_dim"] = 3
     drawn = experiment != "generality" or embedding == "gaussian"
@@ -895,11 +895,11 @@ def test_a_run(experiment, embedding, tmp_path, capsys):
     assert curve == read_curve(tmp_path / "b") and [row["step"] for row in curve] == [160, 320]
 
     args, K = se.Args(**TINY | changes), 1 if experiment == "versatility" else 4
-    torch.manual_seed(3)
+    torch.manual_seed(7)
     z_dim = K if embedding == "one_hot" else changes.get("z_dim", 2)
     sizes = 4, 2, K, z_dim, embedding, 2, args.spread, args.z_sd
     learner = se.SkillLearner(*sizes)
-    tasks, rng = se.GoalTasks(4, se.TASKS[experiment]), np.random.default_rng(3)
+    tasks, rng = se.GoalTasks(4, se.TASKS[experiment]), np.random.default_rng(7)
     *_, (_, learnt) = se.learn(tasks, learner, 350, 2, args, rng, CPU)
     assert_same(load(tmp_path / "a")["networks"], learner.state_dict())
     saved = se.load_skills(tmp_path / "a" / "checkpoint.pt")
@@ -911,6 +911,7 @@ def test_a_run(experiment, embedding, tmp_path, capsys):
     if experiment == "generality" and embedding == "gaussian":
         expected["kl_duplicate"] = metrics["kl_1_3"]
         expected["kl_others"] = min(metrics["kl_1_2"], metrics["kl_1_4"])
+        assert metrics["kl_1_3"] < metrics["kl_1_2"] < metrics["kl_1_4"]  # so that swaps show
     assert summary == expected and load(tmp_path / "a")["step"] == 320
     assert json.loads((tmp_path / "a" / "summary.json").read_text()) == summary
     if drawn:
