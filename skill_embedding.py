@@ -77,7 +77,7 @@ Writes
 
 Result
     Four goals in 97 to 99 % of the episodes (five seeds, 4 minutes); with skills two goals in order
-    after 5,120 to 8,320 steps, from scratch hardly ever in 25,600. All: benchmark/README.md.
+    after 1,920 to 9,600 steps, from scratch never in 25,600 (three). All: benchmark/README.md.
 
 Try
     1. --alpha2 0 --out runs/a, --alpha2 0.3 --out runs/b: what changes in skills.png and in
@@ -171,6 +171,7 @@ class Args:
         require(
             whole, f"--num-envs and --eval-episodes must be multiples of {K}, the number of tasks"
         )
+        require(self.eval_episodes > 1, "--eval-episodes must be at least 2: their spread is told")
         free = self.z_dim is None or self.embedding != "one_hot"
         require(free, "--z-dim is the number of tasks with --embedding one_hot")
         least = self.num_envs * T
@@ -758,12 +759,16 @@ def train_transfer(args):
 
 def own_stream(generator, seed):
     """What a generator yields, with a stream of torch's random numbers of its own."""
-    state = torch.Generator().manual_seed(seed).get_state()
+    states = None
     while True:
         with torch.random.fork_rng():
-            torch.set_rng_state(state)
+            if states is None:
+                torch.manual_seed(seed)
+            else:
+                torch.set_rng_state(states[0])
+                torch.cuda.set_rng_state_all(states[1])  # none without a GPU
             item = next(generator, None)
-            state = torch.get_rng_state()
+            states = torch.get_rng_state(), torch.cuda.get_rng_state_all()
         if item is None:
             return
         yield item

@@ -466,9 +466,8 @@ def rig_table(curves, finals):
 
 
 def from_scratch(rows):
-    """Six runs' policies from scratch: beside α₂ = 0 they are those of α₂ > 0 again."""
-    wanted = (SKILLS[label][1] for label in ("skills", "one-hot tasks"))
-    return [row for kind in wanted for row in where(rows, experiment="transfer", **kind)]
+    """The policies from scratch, a run for each seed: beside other skills they are the same."""
+    return where(rows, experiment="transfer", **SKILLS["skills"][1])
 
 
 def skill_figure(curves, finals):
@@ -516,7 +515,7 @@ def transfer_table(curves, finals):
     """What skills are worth on new tasks, run by run, beside policies from scratch."""
     kinds = split(where(finals, experiment="transfer"), SKILLS)
     actors = [(label, "skills", rows) for label, _, rows in kinds]
-    actors.insert(1, ("from scratch, six runs", "scratch", from_scratch(finals)))
+    actors.insert(1, ("from scratch", "scratch", from_scratch(finals)))
     lines = []
     for task, (label, how, rows) in ((task, actor) for task in NEW_TASKS for actor in actors):
         rates = each(rows, f"success_{how}_{task}", "2f")

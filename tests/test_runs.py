@@ -325,3 +325,113 @@ def test_an_encoder_is_not_lost(tmp_path):
     torch.save(saved, path)
     refused(lambda: run("ppo_encoder", **chosen, out=str(tmp_path / "ppo")), "not finite")
     assert not (tmp_path / "ppo").exists()
+
+
+# --- Every flag counts ------------------------------------------------------------------------
+
+CHANGES = {  # another value for each flag that must change what is learnt
+    "rp_pretrain": {"objective": "image_reconstruction", "tasks": ("target_x",), "distractors": 1}
+    | {"updates": 3, "batch_size": 3, "conditioning_frames": 2, "horizon": 5, "seed": 2}
+    | {"learning_rate": 1e-3, "z_dim": 8, "batch_norm": True},
+    "ppo_encoder": {
+        "distractors": 0,
+        "task": "repel",
+        "total_steps": 1280,
+        "num_envs": 5,
+        "seed": 2,
+    }
+    | {"rollout_steps": 30, "epochs": 1, "minibatches": 3, "learning_rate": 1e-3, "gamma": 0.5}
+    | {"gae_lambda": 0.5, "clip": 0.01, "value_coefficient": 0.1, "max_grad_norm": 0.1},
+    "awac": {"algorithm": "bc", "lam": 1.0, "weighting": "softmax", "value_estimate": "sample"}
+    | {
+        "mixture": (0.5, 0.5, 0.0),
+        "episodes": 12,
+        "distractors": 2,
+        "offline_updates": 21,
+        "seed": 2,
+    }
+    | {"total_steps": 120, "batch_size": 8, "learning_rate": 1e-4, "gamma": 0.5, "tau": 0.5}
+    | {"hidden": 16, "num_envs": 2},
+    "curl": {"distractors": 1, "total_steps": 240, "num_envs": 1, "initial_steps": 40, "updates": 2}
+    | {"batch_size": 8, "learning_rate": 1e-4, "gamma": 0.5, "tau": 0.5, "alpha": 0.1}
+    | {"hidden": 16, "seed": 2},
+    "rig_td3": {"task": "push", "goal_fractions": (1.0, 0.0, 0.0), "distractors": 1, "noise": 0.5}
+    | {"total_steps": 120, "num_envs": 2, "batch_size": 8, "learning_rate": 1e-4, "gamma": 0.5}
+    | {"tau": 0.5, "seed": 2, "images": 200},
+    "skill_embedding": {"experiment": "generality", "embedding": "one_hot", "z_dim": 3}
+    | {"spread": 0.5, "z_sd": 0.5, "alpha1": 1.0, "alpha2": 0.5, "alpha3": 0.5, "window": 2}
+    | {"z_ratio": True, "gamma": 0.5, "total_steps": 800, "num_envs": 8, "updates": 2}
+    | {"batch_size": 4, "learning_rate": 1e-2, "seed": 2},
+}
+BASIS = {"rig_td3": {"total_steps": 80}, "curl": {"tau": 0.05}, "awac": {"total_steps": 80}}
+FIRST = {"awac": {"alpha": ({"algorithm": "sac_from_buffer"}, 0.5)}}  # flags of one variant only
+PIXELS = {"mode": "curl", "z_dim": 8, "hidden": 8, "batch_size": 4}
+IN_CURL = {"encoder_tau": 0.9, "frame_stack": 2, "pad": 2, "z_dim": 12, "mode": "rad"}
+
+
+def weights(script, out, **changes):
+    """All numbers of the last checkpoint."""
+    run(script, out=str(out), **BASIS.get(script, {}) | changes)
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+    networks = [part for part in saved.values() if isinstance(part, dict)]
+    return [x.flatten().tolist() for part in networks for x in part.values()
+            if isinstance(x, torch.Tensor)]  # fmt: skip
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    import matplotlib.figure
+
+    for name in ("save_gif", "film"):
+        monkeypatch.setattr(sprites_env, name, lambda *_: None)
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, file: file.touch())
+    monkeypatch.setattr(sprites_env.Path, "replace", lambda self, _: self.rename(_)
+                        if self.exists() else None)  # fmt: skip
+
+
+@each_script
+def test_every_flag_counts(script, tmp_path, no_pictures, monkeypatch):
+    import rig_td3
+    import rp_pretrain
+
+    monkeypatch.setattr(rig_td3, "RANDOM_STEPS", 40)
+    monkeypatch.setattr(rp_pretrain, "measure", lambda *_: {"mse": 1.0, "r2": 1.0})
+    monkeypatch.setattr(rp_pretrain, "probe_data", lambda *_: (torch.zeros(8, 1, 64, 64), None))
+    before = weights(script, tmp_path / "before")
+    assert weights(script, tmp_path / "again") == before
+    for name, value in CHANGES[script].items():
+        assert weights(script, tmp_path / name, **{name: value}) != before, name
+    for name, (variant, value) in FIRST.get(script, {}).items():
+        first = weights(script, tmp_path / f"first_{name}", **variant)
+        assert weights(script, tmp_path / f"then_{name}", **variant, **{name: value}) != first, name
+    silent = {"device", "torch_threads", "out", "overwrite", "eval_episodes"}
+    silent |= {"encoder", "encoder_path", "dataset", "save_dataset", "observation"}  # see elsewhere
+    silent |= {"goals", "z_dim", "library", "hold", "transfer_steps", "vae_learning_rate"}
+    silent |= {"beta", "beta_start", "vae_updates", "finetune_every", "finetune_updates"}
+    flags = {field.name for field in dataclasses.fields(importlib.import_module(script).Args)}
+    named = {*CHANGES[script], *FIRST.get(script, {}), *(IN_CURL if script == "curl" else {})}
+    assert flags <= named | silent
+
+
+def test_every_flag_of_pixels_counts(tmp_path, no_pictures, monkeypatch):
+    import curl
+
+    monkeypatch.setattr(curl, "PROBE_EPISODES", 8)
+    before = weights("curl", tmp_path / "before", **PIXELS)
+    for name, value in IN_CURL.items():
+        assert weights("curl", tmp_path / name, **PIXELS | {name: value}) != before, name
+
+
+def test_every_flag_of_the_vae_counts(tmp_path, no_pictures, monkeypatch):
+    import rig_td3
+
+    collect = rig_td3.collect_images
+    few = lambda env, count, rng, seed: collect(env, 100, rng, seed)  # noqa: E731
+    monkeypatch.setattr(rig_td3, "collect_images", few)
+    basis = {"goals": "latent", "vae_updates": 3, "total_steps": 160, "num_envs": 2}
+    basis |= {"finetune_every": 2, "finetune_updates": 2}
+    changes = {"z_dim": 4, "beta": 2.0, "beta_start": 5.0, "vae_updates": 4, "finetune_every": 0}
+    changes |= {"finetune_updates": 1, "vae_learning_rate": 1e-4, "goals": "pixel"}
+    before = weights("rig_td3", tmp_path / "before", **basis)
+    for name, value in changes.items():
+        assert weights("rig_td3", tmp_path / name, **basis | {name: value}) != before, name
