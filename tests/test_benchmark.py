@@ -215,3 +215,36 @@ def test_links_of_the_results_lead_somewhere():
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", text)
     assert len(pictures) > 10
     assert all((ROOT / "benchmark" / picture).exists() for picture in pictures)
+
+
+def test_an_interrupted_gathering_goes_on(study):
+    """Interrupted between its two files, it does not append the curves twice."""
+    jobs = [job for job in study.plan(study.Args(seeds=(1,))) if job.table == "ppo_encoder"][:2]
+    for job in jobs:
+        finish(job, [30.0, 31.0])
+    study.gather(jobs)
+    whole = (study.RESULTS / "ppo_encoder.csv").read_text()
+    (study.RESULTS / "ppo_encoder_final.csv").unlink()
+    study.gather(jobs)
+    assert (study.RESULTS / "ppo_encoder.csv").read_text() == whole
+    assert len(study.finished("ppo_encoder")) == 2
+
+
+def test_a_run_that_is_not_whole_stops_no_gathering(study, capsys):
+    jobs = [job for job in study.plan(study.Args(seeds=(1,))) if job.table == "ppo_encoder"][:3]
+    for job in jobs:
+        finish(job, [30.0, 31.0])
+    (jobs[0].out / "args.json").unlink()
+    (jobs[1].out / "summary.json").write_text("{")
+    study.gather(jobs)
+    assert study.finished("ppo_encoder") == {tuple(map(str, jobs[2].key))}
+    assert capsys.readouterr().out.count("left out: ") == 2
+
+
+@pytest.mark.parametrize("text", ["", "seed,step\n1\n", "seed,step\n1,2,3\n", 'seed\n"1'])
+def test_a_broken_table_is_refused(study, text):
+    study.RESULTS.mkdir(parents=True)
+    path = study.RESULTS / "awac.csv"
+    path.write_text(text)
+    with pytest.raises((ValueError, csv.Error)):
+        study.read(path)

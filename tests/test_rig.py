@@ -2,7 +2,9 @@
 
 Numbers that a test compares with are worked by hand or in plain numpy (float64)."""
 
+import contextlib
 import csv
+import io
 import json
 import math
 from types import SimpleNamespace
@@ -785,6 +787,8 @@ def story(tmp_path_factory):
         patch.setattr(rig_td3, "make_env", lambda *a, **k: make_env(*a, **{"horizon": 4} | k))
         patch.setattr(rig_td3, "REPORT_EVERY", 15)
         without_pictures(patch)
+        curve = []  # the arguments of draw_curve
+        patch.setattr(sprites_env, "draw_curve", lambda *a: curve.append(a) or Figure((1, 1)))
         for name in PHASES:
 
             def call(*args, name=name, f=getattr(rig_td3, name)):
@@ -795,7 +799,9 @@ def story(tmp_path_factory):
         changes = {"task": "push", "distractors": 1, "z_dim": 3, "seed": 2, "images": 250}
         changes |= {"num_envs": 2, "total_steps": 47, "finetune_every": 3, "gamma": 0.7, "tau": 0.3}
         args = Args(**TINY | changes, beta=0.5, out=str(out))
-        summary = rig_td3.train(args)
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            summary = rig_td3.train(args)
     saved = torch.load(out / "checkpoint.pt", weights_only=True)
     vae = rig_td3.VAE(args, torch.device("cpu"))
     agent = rig_td3.GoalAgent(3, 2, args, "cpu")
@@ -884,6 +890,8 @@ def test_story_measured_again(story):
         assert story.summary[f"{name}_block_distance"] == pytest.approx(block, abs=1e-5)
         if name == "final":
             assert float(last["final_agent_distance"]) == pytest.approx(agent, abs=1e-5)
+            near = np.linalg.norm((states - goal)[:, 1, :2], axis=-1) < 0.05
+            assert story.summary["success_rate"] == near.mean()
     _, critic = story.of["update_goal_critic"][-1]
     _, actor = story.of["update_goal_actor"][-1]
     _, batch = story.of["relabelled_batch"][-1]
@@ -891,6 +899,18 @@ def test_story_measured_again(story):
     assert float(last["q"]) == actor["q"].item()
     assert float(last["reward"]) == pytest.approx(batch["reward"].mean().item())
     assert story.summary["eval_episodes"] == 3
+    assert "40/40" in story.printed.getvalue()
+
+
+def test_story_curve_and_minutes(story):
+    """Agent and block, each beside the line of doing nothing; the VAE's time within the run's."""
+    [(rows, panels, x_label, levels, *_)] = story.curve
+    assert [row["step"] for row in rows] == [16, 32, 40] and x_label == "environment steps"
+    [(_, columns)] = panels
+    assert columns == ["final_agent_distance", "final_block_distance"]
+    untouched = [story.summary[f"untouched_{name}_distance"] for name in ("agent", "block")]
+    assert levels == list(zip(("agent, untouched", "block, untouched"), untouched))
+    assert 0 <= story.summary["vae_minutes"] <= story.summary["minutes"]
 
 
 @pytest.mark.parametrize(
