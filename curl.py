@@ -71,7 +71,8 @@ Writes
     checkpoint.pt (at every report), neighbours.png (from pixels) and
     summary.json: `eval_return_mean`, `eval_return_std`, `eval_episodes`, `score` (0 random, 1
     chasing with known velocity), `updates`, `minutes`; with a contrastive loss
-    `contrastive_accuracy` (mean of the last twentieth of the run; 1/B by chance); from pixels
+    `contrastive_accuracy` (mean of the last twentieth of the run; 1/B by guessing, but an untrained
+    encoder already finds many keys); from pixels
     `probe_r2`, `probe_r2_random_encoder`, `probe_r2_pixels`: R² by quantity. Columns of curve.csv:
     `step` (of all environments), `seconds`, `steps_per_second`, `eval_return`, `train_return`
     (last N episodes, with noise), `alpha`, `contrastive_accuracy` (since the last report), and of

@@ -600,3 +600,11 @@ def test_learns_from_pixels(tmp_path, monkeypatch, pictures):
     short |= {"epochs": 4, "eval_episodes": 20, "distractors": 0}
     args = tiny(tmp_path, encoder="image_scratch", **short)
     assert ppo.train(args)["eval_return_mean"] > 32
+
+
+def test_learns_to_follow_from_pixels(tmp_path, pictures):
+    """The slowest test, at half a minute: 60,000 steps, above what waiting in the centre earns
+    (31.2), so that the target has been seen."""
+    few = {"encoder": "image_scratch", "distractors": 0, "total_steps": 60_000}
+    args = ppo.Args(**few, torch_threads=1, device="cpu", out=str(tmp_path))
+    assert ppo.train(args)["eval_return_mean"] > 32
