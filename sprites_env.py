@@ -213,7 +213,7 @@ def sample_trajectories(rng, batch, length, distractors, num_frames=None):
 # --- Drawing: a row of 64 pixels is one 64-bit word ------------------------------------------
 
 
-def _sprites():
+def sprites():
     """The six sprites as bool (6, 12, 12); pixel (6, 6) is the centre."""
     i, j = np.mgrid[:12, :12]
     square = (1 <= i) & (i <= 10) & (1 <= j) & (j <= 10)
@@ -225,7 +225,7 @@ def _sprites():
 def _sprite_words():
     """words[shape, column, i]: row i of the sprite, centred at `column`; bit j is pixel j."""
     words = np.zeros((len(SHAPES), SIZE, 12), "<u8")
-    for shape, sprite in enumerate(_sprites()):
+    for shape, sprite in enumerate(sprites()):
         for column in range(SIZE):
             for i in range(12):
                 pixels = [column - 6 + j for j in range(12) if sprite[i, j]]

@@ -60,6 +60,16 @@ SKILLS = {
     "skills, α₂ = 0": ("b--", {"embedding": "gaussian", "alpha2": 0}),
     "one-hot tasks": ("g-.", {"embedding": "one_hot", "alpha2": 0}),
 }
+GRASP2VEC = {"objective": "grasp2vec"}
+GRASPS = {  # how the towers of grasp2vec.py are trained
+    "subtraction": ("r-", GRASP2VEC | {"same_place": "False", "jitter": 2, "lam": 5e-4}),
+    "outcome in the same place": ("b--", GRASP2VEC | {"same_place": "True"}),
+    "no jitter": ("g-.", GRASP2VEC | {"jitter": 0}),
+    "λ = 0": ("o--", GRASP2VEC | {"lam": 0}),
+    "reconstruction": ("p:", {"objective": "reconstruction"}),
+}
+GRASP_SHARES = [f"{a}_{b}" for a in ("retrieval", "localisation") for b in ("seen", "novel")]
+ATTRIBUTES = ("shape", "size", "grey")
 NEW_TASKS = ("interpolation", "sequencing")
 RETURN, THOUSANDS = "eval_return_mean", "environment steps (thousands)"
 BELOW = {"loc": "outside lower center", "ncols": 7, "fontsize": 8}  # a legend of all encoders
@@ -532,6 +542,42 @@ def transfer_table(curves, finals):
     return table(f"{titles} | success of random choices", lines)
 
 
+def grasp_figure(curves, finals):
+    """Retrieval and localisation against updates, beside what needs no training."""
+    figure, axes = panels(14, 3.8, 1, 4, sharey=True)
+    for axis, what in zip(axes, GRASP_SHARES):
+        for control in ("chance", "pixels", "untrained"):
+            level = values_of(finals, f"{control}_{what}").mean()
+            name = {"pixels": "raw pixels"}.get(control, control)
+            draw_level(axis, level, name, 0.99, {"lw": 0.7, "ls": ":", "zorder": 0})
+        for label, style, rows in split(curves, GRASPS):
+            draw_curve(axis, rows, what, label, style)
+        title = "{}, {} objects".format(*what.split("_"))
+        axis.set(xlabel="updates (thousands)", ylim=(0, 1.02), title=title)
+    axes[0].set_ylabel("share of held-out grasps")
+    figure.legend(*axes[0].get_legend_handles_labels(), **BELOW)
+    return figure
+
+
+def grasp_table(curves, finals):
+    """Retrieval and localisation of each training, beside controls and the paper's numbers."""
+    lines = []
+    for label, _, rows in split(finals, GRASPS):
+        wrong = [f"{100 * values_of(rows, f'wrong_{a}').mean():.1f}" for a in ATTRIBUTES]
+        cells = [mean(rows, what, 3) for what in GRASP_SHARES]
+        lines.append([label, *cells, " / ".join(wrong), minutes(rows), str(len(rows))])
+    main = where(finals, **GRASPS["subtraction"][1])
+    for label in ("untrained", "pixels", "chance"):
+        cells = [mean(main, f"{label}_{what}", 3) for what in GRASP_SHARES]
+        label = {"pixels": "raw pixels, 4 x 4 patches", "untrained": "untrained tower"}.get(label)
+        lines.append([label or "chance", *cells, "", "", ""])
+    lines.append(["the paper, simulated scenes", ".88", ".64", ".96", ".77", "", "", ""])
+    lines.append(["the paper, ImageNet features", ".23", ".22", ".18", ".15", "", "", ""])
+    titles = "training | retrieval, seen | retrieval, novel | localisation, seen"
+    titles += " | localisation, novel | wrong shape / size / grey, % | minutes | seeds"
+    return table(titles, lines)
+
+
 def measured(row, *names):
     """Three significant digits, as in 1,290,000; shares as per cent; nothing if not measured."""
     for name in names:
@@ -598,6 +644,7 @@ STUDIES = {  # what is made of its results: figures by file, tables by name
         "skills": library_table,
         "transfer of skills": transfer_table,
     },
+    "grasp2vec": {"grasp2vec.png": grasp_figure, "objects by subtraction": grasp_table},
 }
 PICTURES = {  # what runs have drawn: file in the results, and in runs/study/
     "rollout.gif": "ppo_encoder/reward_prediction_d2_s1_n250000/rollout.gif",
@@ -608,6 +655,8 @@ PICTURES = {  # what runs have drawn: file in the results, and in runs/study/
     "skill_library.png": "skill/library_gaussian_0.2_s1/skills.png",
     "skill_generality.png": "skill/generality_gaussian_0.2_s1/skills.png",
     "skill_versatility.png": "skill/versatility_bernoulli_0.5_s1/skills.png",
+    "grasp2vec_heatmaps.png": "grasp2vec/grasp2vec_False_2_0.0005_s1/heatmaps.png",
+    "grasp2vec_neighbours.png": "grasp2vec/grasp2vec_False_2_0.0005_s1/neighbours.png",
     "skill_transfer.gif": "skill/transfer_gaussian_0.2_s1/rollout.gif",
 }
 

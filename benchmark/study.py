@@ -6,6 +6,7 @@
     python benchmark/study.py --study rig                  imagined goals
     python benchmark/study.py --study curl                 contrastive loss or augmentation?
     python benchmark/study.py --study skill                skills: four experiments, reuse
+    python benchmark/study.py --study grasp2vec            objects by subtraction
     python benchmark/study.py --seeds 1 --distractors 0 2  a part of it
     python benchmark/study.py --dry-run --stage pretrain   its commands, one a line, for xargs -P,
     python benchmark/study.py --dry-run --stage ppo        GNU parallel or a Slurm array
@@ -31,7 +32,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, RUNS = ROOT / "benchmark" / "results", Path("runs") / "study"
-Study = Literal["encoders", "single_task", "awac", "curl", "rig", "skill"]
+Study = Literal["encoders", "single_task", "awac", "curl", "rig", "skill", "grasp2vec"]
 Encoder = Literal[
     "oracle",
     "reward_prediction",
@@ -51,8 +52,10 @@ KEYS = {  # table of results: the flags that tell its runs apart
     "curl": ("mode", "distractors", "seed"),
     "rig": ("task", "goals", "goal_fractions", "seed"),
     "skill": ("experiment", "embedding", "alpha2", "seed"),
+    "grasp2vec": ("objective", "same_place", "jitter", "lam", "seed"),
 }
 LAM, LAMS = 0.03, (0.1, 0.3, 1, 3, 10)  # λ of awac.py: its default, and others
+LAM_NORMS = 0.0005  # λ of grasp2vec.py: its default
 SCRIPTS = {
     "rp_single_task": "rp_pretrain",
     "awac_narrow": "awac",
@@ -98,7 +101,8 @@ class Job:
     def command(self):
         flags = ["--torch-threads", "1", "--overwrite", "--out", self.out.as_posix()]
         for name, value in zip(KEYS[self.table], self.key):
-            flags += ["--" + name.replace("_", "-"), *str(value).split()]
+            words = [] if value is True else str(value).split()
+            flags += ["--" + name.replace("_", "-"), *words] if value is not False else []
         if self.needs:
             flags += ["--encoder-path", self.needs.as_posix()]
         return ["python", f"{SCRIPTS.get(self.table, self.table)}.py", *flags]
@@ -168,6 +172,17 @@ def plan_skill(args):
     kinds += [("transfer", "one_hot", 0.0)]
     jobs = [Job("skill", (*kind, seed)) for seed in args.seeds[:3] for kind in kinds]
     return jobs + [Job("skill", (*kinds[0], seed)) for seed in args.seeds[3:]]
+
+
+def plan_grasp2vec(args):
+    """Subtraction and, for three seeds, reconstruction; outcomes that lie where the object was;
+    scenes that do not move; norms that cost nothing."""
+    keys = [("grasp2vec", False, 2, LAM_NORMS, seed) for seed in args.seeds]
+    for seed in args.seeds[:3]:
+        keys += [("reconstruction", False, 2, LAM_NORMS, seed)]
+        keys += [("grasp2vec", True, 2, LAM_NORMS, seed), ("grasp2vec", False, 0, LAM_NORMS, seed)]
+        keys += [("grasp2vec", False, 2, 0.0, seed)]
+    return [Job("grasp2vec", key) for key in keys]
 
 
 def read(path):

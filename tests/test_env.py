@@ -133,7 +133,7 @@ def test_draw_equals_drawing_pixel_by_pixel():
     positions, shapes = rng.random((20, 4, 2)), rng.integers(0, 6, (20, 4))
     positions[0] = 0.0  # sprites cut off by the frame's edges
     positions[1] = 1.0
-    sprites = sprites_env._sprites()
+    sprites = sprites_env.sprites()
     expected = np.zeros((20, 64, 64), np.uint8)
     for n in range(20):
         for k in range(4):
