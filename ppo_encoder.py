@@ -5,6 +5,7 @@ What
     states, images through a network trained from scratch, or images through an encoder pretrained
     by rp_pretrain.py to predict rewards or to reconstruct images, frozen or trained on.
     Everything else is the same for all seven: two heads on z, losses, settings, budget.
+    With --encoder pretrained it takes any encoder.pt, those of pretext.py among them.
 
 Paper
     Schulman, Wolski, Dhariwal, Radford & Klimov, "Proximal Policy Optimization Algorithms", 2017,
@@ -51,10 +52,12 @@ Differs from the paper
 Run
     python ppo_encoder.py --encoder reward_prediction
     python ppo_encoder.py --encoder image_scratch --distractors 0
+    python ppo_encoder.py --encoder pretrained --encoder-path runs/pretext/inverse_d2_s1/encoder.pt
 
 Writes
-    to runs/ppo_encoder/<encoder>[_repel]_d<distractors>_s<seed>/: args.json, curve.csv, curve.png,
-    rollout.gif (four episodes), checkpoint.pt (at every report) and summary.json with
+    to runs/ppo_encoder/<encoder>[_<folder of encoder.pt>][_repel]_d<distractors>_s<seed>/, the
+    folder only for pretrained ones: args.json, curve.csv, curve.png, rollout.gif (four episodes),
+    checkpoint.pt (at every report) and summary.json with
     `eval_return_mean`, `eval_return_std` (over episodes), `eval_episodes`, `score` (0 random, 1
     chasing with known velocity), `steps` and `minutes`. Columns of curve.csv: `step` (of all
     environments), `seconds`, `steps_per_second`, `eval_return`, `train_return` (last N episodes,
@@ -95,8 +98,10 @@ Input = Literal[
     "image_reconstruction_finetune",  # the same, trained on
     "reward_prediction",  # the same, pretrained to predict rewards, frozen
     "reward_prediction_finetune",  # the same, trained on
+    "pretrained",  # the same, whatever it was pretrained for (--encoder-path), frozen
+    "pretrained_finetune",  # the same, trained on
 ]
-PRETRAINED = ("image_reconstruction", "reward_prediction")
+PRETRAINED = ("image_reconstruction", "reward_prediction", "pretrained")
 INITIAL_LOG_STD = -0.5  # of the policy
 FROZEN = ("oracle", *PRETRAINED)  # z of an observation never changes
 
@@ -136,6 +141,8 @@ class Args:
         require(self.total_steps >= 2 * rollout, least)
         most = f"--minibatches must be at most half of a rollout, {rollout // 2}"
         require(2 * self.minibatches <= rollout, most)
+        if self.encoder.startswith("pretrained"):
+            require(self.encoder_path, f"--encoder {self.encoder} needs an --encoder-path")
         if self.encoder_path:
             useful = self.encoder.startswith(PRETRAINED)
             require(useful, f"--encoder-path is of no use to --encoder {self.encoder}")
@@ -151,7 +158,10 @@ class Args:
     @property
     def run_name(self):
         task = "_repel" if self.task == "repel" else ""
-        return f"{self.encoder}{task}_d{self.distractors}_s{self.seed}"
+        source = ""
+        if self.encoder.startswith("pretrained"):  # told apart by the folder of their encoders
+            source = "_" + Path(self.encoder_path).resolve().parent.name
+        return f"{self.encoder}{source}{task}_d{self.distractors}_s{self.seed}"
 
 
 # --- Networks --------------------------------------------------------------------------------
@@ -217,10 +227,11 @@ def find_or_pretrain(args):
 
 
 def load_encoder(path, name):
-    """An encoder from a file that rp_pretrain.py wrote; its objective must be that of `name`."""
+    """An encoder from a file that rp_pretrain.py or pretext.py wrote; its objective must be that of
+    `name`, unless any will do."""
     try:
         saved = torch.load(path, map_location="cpu")
-        if not name.startswith(saved["objective"]):
+        if not name.startswith((saved["objective"], "pretrained")):
             raise ValueError(f"its objective was {saved['objective']}")
         encoder = Encoder(saved["z_dim"])
         if saved["batch_norm"]:

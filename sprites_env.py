@@ -210,6 +210,22 @@ def sample_trajectories(rng, batch, length, distractors, num_frames=None):
     return images.reshape(batch, num_frames, SIZE, SIZE), states, rewards
 
 
+def sample_walks(rng, batch, length, distractors, hold=1):
+    """Trajectories to learn from actions: the agent acts at random, uniformly in [-1, 1]², and does
+    the same for `hold` steps; the others keep their velocity and bounce.
+
+    Returns `states` float64 (batch, length, K, 4), `shapes` (batch, K) and `actions` float32
+    (batch, length - 1, 2): actions[:, t] led from states[:, t] to states[:, t + 1]. Nothing is
+    drawn: drawing is the cost, and who learns needs few of the frames."""
+    states, shapes = sample_states(rng, batch, distractors)
+    actions = rng.uniform(-1, 1, (batch, -(-(length - 1) // hold), 2)).astype(np.float32)
+    actions = actions.repeat(hold, axis=1)[:, : length - 1]
+    walk = [states]
+    for t in range(length - 1):
+        walk.append(act(walk[-1], actions[:, t]))
+    return np.stack(walk, axis=1), shapes, actions
+
+
 # --- Drawing: a row of 64 pixels is one 64-bit word ------------------------------------------
 
 

@@ -15,6 +15,7 @@ import json
 import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,22 @@ GRASPS = {  # how the towers of grasp2vec.py are trained
 }
 GRASP_SHARES = [f"{a}_{b}" for a in ("retrieval", "localisation") for b in ("seen", "novel")]
 ATTRIBUTES = ("shape", "size", "grey")
+PRETEXTS = {  # objectives of pretext.py, and the measure of whether each is met
+    "inverse": "action_r2",
+    "forward_inverse": "action_r2",
+    "forward": "code_r2",
+    "forward_slow_target": "code_r2",
+    "time_contrast": "top_1",
+    "augmentation_contrast": "top_1",
+    "shuffle": "order_accuracy",
+    "temporal_disentanglement": "pair_accuracy",
+    "autoencoder": "mse_image",
+    "beta_vae": "bce",
+    "reward_prediction": "mse",
+    "none": "",
+}
+CONTEXTS = {"CC-RIG": ("r-", {"context": "frame"}), "no context": ("b--", {"context": "none"})}
+KEPT = ("agent", "agent_displacement", "target", "target_velocity", "distractors")
 NEW_TASKS = ("interpolation", "sequencing")
 RETURN, THOUSANDS = "eval_return_mean", "environment steps (thousands)"
 BELOW = {"loc": "outside lower center", "ncols": 7, "fontsize": 8}  # a legend of all encoders
@@ -548,8 +565,8 @@ def grasp_figure(curves, finals):
     for axis, what in zip(axes, GRASP_SHARES):
         for control in ("chance", "pixels", "untrained"):
             level = values_of(finals, f"{control}_{what}").mean()
-            name = {"pixels": "raw pixels"}.get(control, control)
-            draw_level(axis, level, name, 0.99, {"lw": 0.7, "ls": ":", "zorder": 0})
+            name, x = ("raw pixels", 0.6) if control == "pixels" else (control, 0.99)
+            draw_level(axis, level, name, x, {"lw": 0.7, "ls": ":", "zorder": 0})
         for label, style, rows in split(curves, GRASPS):
             draw_curve(axis, rows, what, label, style)
         title = "{}, {} objects".format(*what.split("_"))
@@ -565,17 +582,141 @@ def grasp_table(curves, finals):
     for label, _, rows in split(finals, GRASPS):
         wrong = [f"{100 * values_of(rows, f'wrong_{a}').mean():.1f}" for a in ATTRIBUTES]
         cells = [mean(rows, what, 3) for what in GRASP_SHARES]
-        lines.append([label, *cells, " / ".join(wrong), minutes(rows), str(len(rows))])
+        lines.append([label, *cells, " / ".join(wrong), str(len(rows))])
     main = where(finals, **GRASPS["subtraction"][1])
     for label in ("untrained", "pixels", "chance"):
         cells = [mean(main, f"{label}_{what}", 3) for what in GRASP_SHARES]
         label = {"pixels": "raw pixels, 4 x 4 patches", "untrained": "untrained tower"}.get(label)
-        lines.append([label or "chance", *cells, "", "", ""])
-    lines.append(["the paper, simulated scenes", ".88", ".64", ".96", ".77", "", "", ""])
-    lines.append(["the paper, ImageNet features", ".23", ".22", ".18", ".15", "", "", ""])
+        lines.append([label or "chance", *cells, "", ""])
+    lines.append(["the paper, simulated scenes", ".88", ".64", ".96", ".77", "", ""])
+    lines.append(["the paper, ImageNet features", ".23", ".22", ".18", ".15", "", ""])
     titles = "training | retrieval, seen | retrieval, novel | localisation, seen"
-    titles += " | localisation, novel | wrong shape / size / grey, % | minutes | seeds"
+    titles += " | localisation, novel | wrong shape / size / grey, % | seeds"
     return table(titles, lines)
+
+
+def context_figure(curves, finals):
+    """Final distance against steps; and, against how many scenes training has, the distance in
+    scenes as in training and in unseen ones, and the error of the scene in imagined goals."""
+    figure, axes = panels(14, 3.8, 1, 4)
+    for label, style, rows in split(where(curves, appearances="all"), CONTEXTS):
+        draw_curve(axes[0], rows, "unseen_agent_distance", label, style)
+    axes[0].set(xlabel=THOUSANDS, ylim=(0, 0.45))
+    axes[0].set_title("ever new scenes, tested in unseen", fontsize=10)
+    shown = {"final_agent_distance": "scenes as in training"}
+    shown |= {"unseen_agent_distance": "unseen scenes"}
+    shown |= {"unseen_imagined_scene_error": "goals imagined in unseen scenes"}
+    for axis, (name, title) in zip(axes[1:], shown.items()):
+        for label, style, rows in split(finals, CONTEXTS):
+            groups = [values_of(where(rows, appearances=a), name) for a in (1, 4, "all")]
+            x = [i for i, group in enumerate(groups) if len(group)]
+            draw_means(axis, x, [groups[i] for i in x], style, marker="o", label=label)
+        axis.set_xticks(range(3), ["1", "4", "ever new"])
+        axis.set(xlabel="scenes in training", ylim=(0, 0.45 if "distance" in name else 0.8))
+        axis.set_title(title, fontsize=10)
+    for axis in axes[:3]:
+        axis.set_ylabel("final distance (frame widths)")
+    axes[3].set_ylabel("squared error of the scene")
+    for axis, place in zip(axes, ("center", "best", "best", "lower left")):
+        axis.legend(fontsize=8, loc=place)
+    return figure
+
+
+def context_table(curves, finals):
+    """What is imagined, what z and its context tell, and how near the agent comes."""
+    lines = []
+    for appearances in (1, 4, "all"):
+        for method, _, rows in split(where(finals, appearances=appearances), CONTEXTS):
+            names = ("imagined_scene_error", "unseen_imagined_scene_error", "unseen_probe_r2_agent")
+            names += ("unseen_probe_r2_scene_z", "unseen_probe_r2_scene_context")
+            names += ("final_agent_distance", "unseen_agent_distance")
+            cells = [mean(rows, name, 3) for name in names]
+            cells.append(f"{100 * values_of(rows, 'unseen_success_rate').mean():.0f} %")
+            scenes = "ever new" if appearances == "all" else f"{appearances:.0f}"
+            lines.append([scenes, method, *cells, minutes(rows)])
+    if (ROOT / RESULTS / "rig_scenes_final.csv").exists():
+        for z_dim in (4, 16):
+            rows = where(read("rig_scenes_final.csv"), z_dim=z_dim)
+            cells = ["", "", mean(rows, "probe_r2_agent", 3), "", ""]
+            cells += [mean(rows, "final_agent_distance", 3), "", "", minutes(rows)]
+            lines.append(["ever new", f"`rig_td3.py`, z of {z_dim}", *cells])
+    titles = "scenes in training | method | error of imagined scenes, as in training | unseen"
+    titles += " | R² agent from z | R² scene from z | R² scene from z_c"
+    titles += " | distance, scenes as in training | unseen | success, unseen | minutes"
+    return table(titles, lines)
+
+
+def kept(finals, distractors):
+    """(label, objective, its rows, prefix of its R²) for every line of the matrix: raw pixels and
+    an untrained encoder, then those that were trained."""
+    lines = [("raw pixels", "none", "pixels_"), ("none (untrained)", "none", "")]
+    for label, objective, prefix in lines + [(name, name, "") for name in list(PRETEXTS)[:-1]]:
+        if rows := where(finals, objective=objective, distractors=distractors):
+            yield label, objective, rows, prefix
+
+
+def pretext_figure(curves, finals):
+    """The matrix: what can be read off each code, means over seeds."""
+    figure, axes = panels(13, 5.6, 1, 2)
+    for axis, d in zip(axes, (0, 2)):
+        things, lines = KEPT[: 5 if d else 4], list(kept(finals, d))
+        r2 = [[values_of(rows, f"{p}r2_{t}").mean() for t in things] for _, _, rows, p in lines]
+        axis.imshow(r2, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        for (i, j), value in np.ndenumerate(r2):
+            shade = "white" if value > 0.6 else "black"
+            axis.text(j, i, f"{value:.2f}", ha="center", va="center", color=shade, size=9)
+        axis.set_xticks(range(len(things)), [thing.replace("_", "\n") for thing in things])
+        axis.set_yticks(range(len(lines)), [label for label, *_ in lines])
+        axis.set_title(f"{d} distractors: held-out R² of a linear probe", fontsize=11)
+    return figure
+
+
+def pretext_decoded(curves, finals):
+    """What a decoder that looked on makes of each code. Needs the runs' checkpoints: without them
+    the picture stays as it is."""
+    import torch
+
+    import pretext
+
+    figure, axes = panels(9, 11, len(PRETEXTS) + 1, 8, dpi=80)
+    frames = pretext.pairs_to_probe(2, "cpu")[0][:8, 1]
+    for line, name in zip(axes, ["true", *PRETEXTS]):
+        images = frames
+        if name != "true":
+            path = ROOT / RUNS / f"pretext/{name}_d2_s1/checkpoint.pt"
+            if not path.exists():
+                return print(f"pretext_decoded.png stays as it is: {path} is missing\n")
+            saved = torch.load(path, map_location="cpu")
+            encoder, decoder = pretext.Encoder(), pretext.Decoder()
+            encoder.load_state_dict(saved["encoder"])
+            decoder.load_state_dict(saved["decoder"])
+            with torch.no_grad():
+                images = decoder(encoder(frames))
+            images = images.sigmoid() if name == "beta_vae" else images
+            images = images / images.amax().clamp(min=1e-6)
+        for axis, image in zip(line, images):
+            axis.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
+    return figure
+
+
+def pretext_table(curves, finals, distractors):
+    """R² by quantity and objective, and the return of PPO on the frozen encoder."""
+    returns, lines = [], []
+    if (ROOT / RESULTS / "ppo_pretext_final.csv").exists():
+        returns = where(read("ppo_pretext_final.csv"), distractors=distractors)
+    for label, objective, rows, prefix in kept(finals, distractors):
+        own = PRETEXTS[objective]
+        met = f"{own} {values_of(rows, own).mean():.4g}" if own else ""
+        sd = "" if prefix else f"{values_of(rows, 'z_sd').mean():.2g}"
+        things = KEPT[: 5 if distractors else 4]
+        cells = [spread(rows, [f"{prefix}r2_{thing}"], 2) for thing in things]
+        earned = "" if prefix else mean(where(returns, objective=objective), RETURN, 2, empty="")
+        lines.append([label, met, sd, *cells, earned])
+    titles = "objective | its own measure | sd of z | agent | agent's displacement | target"
+    titles += " | target's velocity" + " | distractors" * bool(distractors)
+    return table(f"{titles} | return, PPO on the frozen encoder", lines)
 
 
 def measured(row, *names):
@@ -644,6 +785,13 @@ STUDIES = {  # what is made of its results: figures by file, tables by name
         "skills": library_table,
         "transfer of skills": transfer_table,
     },
+    "pretext": {
+        "pretext.png": pretext_figure,
+        "pretext_decoded.png": pretext_decoded,
+        "pretext tasks, 2 distractors": partial(pretext_table, distractors=2),
+        "pretext tasks, 0 distractors": partial(pretext_table, distractors=0),
+    },
+    "cc_rig": {"cc_rig.png": context_figure, "imagined goals in context": context_table},
     "grasp2vec": {"grasp2vec.png": grasp_figure, "objects by subtraction": grasp_table},
 }
 PICTURES = {  # what runs have drawn: file in the results, and in runs/study/
@@ -655,8 +803,12 @@ PICTURES = {  # what runs have drawn: file in the results, and in runs/study/
     "skill_library.png": "skill/library_gaussian_0.2_s1/skills.png",
     "skill_generality.png": "skill/generality_gaussian_0.2_s1/skills.png",
     "skill_versatility.png": "skill/versatility_bernoulli_0.5_s1/skills.png",
-    "grasp2vec_heatmaps.png": "grasp2vec/grasp2vec_False_2_0.0005_s1/heatmaps.png",
-    "grasp2vec_neighbours.png": "grasp2vec/grasp2vec_False_2_0.0005_s1/neighbours.png",
+    "cc_rig_imagined_goals.png": "cc_rig/frame_all_s1/imagined_goals.png",
+    "cc_rig_imagined_without.png": "cc_rig/none_all_s1/imagined_goals.png",
+    "cc_rig_exchanged.png": "cc_rig/frame_all_s1/exchanged.png",
+    "cc_rig_rollout.gif": "cc_rig/frame_all_s1/rollout.gif",
+    "grasp2vec_heatmaps.png": "grasp2vec/grasp2vec_False_2_l0.0005_s1/heatmaps.png",
+    "grasp2vec_neighbours.png": "grasp2vec/grasp2vec_False_2_l0.0005_s1/neighbours.png",
     "skill_transfer.gif": "skill/transfer_gaussian_0.2_s1/rollout.gif",
 }
 

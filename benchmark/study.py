@@ -7,6 +7,8 @@
     python benchmark/study.py --study curl                 contrastive loss or augmentation?
     python benchmark/study.py --study skill                skills: four experiments, reuse
     python benchmark/study.py --study grasp2vec            objects by subtraction
+    python benchmark/study.py --study pretext              what each pretext task keeps, and earns
+    python benchmark/study.py --study cc_rig               goals imagined in this scene, or in any
     python benchmark/study.py --seeds 1 --distractors 0 2  a part of it
     python benchmark/study.py --dry-run --stage pretrain   its commands, one a line, for xargs -P,
     python benchmark/study.py --dry-run --stage ppo        GNU parallel or a Slurm array
@@ -32,7 +34,9 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, RUNS = ROOT / "benchmark" / "results", Path("runs") / "study"
-Study = Literal["encoders", "single_task", "awac", "curl", "rig", "skill", "grasp2vec"]
+Study = Literal[
+    "encoders", "single_task", "awac", "curl", "rig", "skill", "grasp2vec", "pretext", "cc_rig"
+]
 Encoder = Literal[
     "oracle",
     "reward_prediction",
@@ -53,14 +57,34 @@ KEYS = {  # table of results: the flags that tell its runs apart
     "rig": ("task", "goals", "goal_fractions", "seed"),
     "skill": ("experiment", "embedding", "alpha2", "seed"),
     "grasp2vec": ("objective", "same_place", "jitter", "lam", "seed"),
+    "cc_rig": ("context", "appearances", "seed"),
+    "rig_scenes": ("distractors", "z_dim", "finetune_every", "total_steps", "seed"),
+    "pretext": ("objective", "distractors", "seed"),
+    "ppo_pretext": ("objective", "distractors", "seed", "total_steps"),
 }
+OBJECTIVES = (  # of pretext.py
+    "inverse",
+    "forward",
+    "forward_slow_target",
+    "forward_inverse",
+    "time_contrast",
+    "shuffle",
+    "temporal_disentanglement",
+    "autoencoder",
+    "beta_vae",
+    "augmentation_contrast",
+    "reward_prediction",
+    "none",
+)
 LAM, LAMS = 0.03, (0.1, 0.3, 1, 3, 10)  # λ of awac.py: its default, and others
 LAM_NORMS = 0.0005  # λ of grasp2vec.py: its default
 SCRIPTS = {
     "rp_single_task": "rp_pretrain",
     "awac_narrow": "awac",
     "rig": "rig_td3",
+    "rig_scenes": "rig_td3",
     "skill": "skill_embedding",
+    "ppo_pretext": "ppo_encoder",
 }
 RELABEL = {  # of rig_td3.py: shares of goals as practised, from the prior, from the future
     "mix": "0.2 0.4 0.4",
@@ -100,7 +124,11 @@ class Job:
     @property
     def command(self):
         flags = ["--torch-threads", "1", "--overwrite", "--out", self.out.as_posix()]
+        if self.table == "ppo_pretext":  # whose encoder: --encoder-path says so
+            flags += ["--encoder", "pretrained"]
         for name, value in zip(KEYS[self.table], self.key):
+            if (self.table, name) == ("ppo_pretext", "objective"):
+                continue
             words = [] if value is True else str(value).split()
             flags += ["--" + name.replace("_", "-"), *words] if value is not False else []
         if self.needs:
@@ -183,6 +211,28 @@ def plan_grasp2vec(args):
         keys += [("grasp2vec", True, 2, LAM_NORMS, seed), ("grasp2vec", False, 0, LAM_NORMS, seed)]
         keys += [("grasp2vec", False, 2, 0.0, seed)]
     return [Job("grasp2vec", key) for key in keys]
+
+
+def plan_cc_rig(args):
+    """With the first frame and without it, in ever new scenes, in four, in one; and rig_td3.py
+    among the same sprites, with a z of the same size and with one that has room for them all."""
+    variants = list(product(("all", "4", "1"), ("frame", "none")))
+    jobs = []
+    for seed in args.seeds[:3]:
+        jobs += [Job("cc_rig", (context, scenes, seed)) for scenes, context in variants]
+        jobs += [Job("rig_scenes", (2, z_dim, 0, 8_000, seed)) for z_dim in (4, 16)]
+    return jobs
+
+
+def plan_pretext(args):
+    """Twelve ways to make an encoder at 2 and 0 distractors and, for three seeds, PPO on each."""
+    jobs, wanted = [], [d for d in (2, 0) if d in args.distractors]
+    for seed in args.seeds:
+        pretraining = [Job("pretext", (o, d, seed)) for d, o in product(wanted, OBJECTIVES)]
+        jobs += pretraining
+        for job in pretraining if seed in args.seeds[:3] else []:
+            jobs.append(Job("ppo_pretext", (*job.key, args.total_steps), job.out / "encoder.pt"))
+    return jobs
 
 
 def read(path):
@@ -308,8 +358,8 @@ def main(args):
         path = job.out / "encoder.pt"
         left += [job] if job not in left and path in needed and not path.exists() else []
     if args.stage != "all":
-        table = {"pretrain": "rp_pretrain", "ppo": "ppo_encoder"}.get(args.stage)
-        left = [job for job in left if job.table == table]
+        tables = {"pretrain": ("rp_pretrain", "pretext"), "ppo": ("ppo_encoder", "ppo_pretext")}
+        left = [job for job in left if job.table in tables.get(args.stage, ())]
     if args.dry_run:
         print("\n".join(" ".join(job.command) for job in left))
     elif args.stage != "gather" and run(left, args.jobs):

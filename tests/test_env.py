@@ -97,6 +97,26 @@ def test_constant_velocity_is_a_triangle_wave():
     np.testing.assert_array_equal(rewards["target_y"], states[:, :, 1, 1].astype(np.float32))
 
 
+@pytest.mark.parametrize("hold", [1, 4])
+def test_walks(hold):
+    """Each action, once for `hold` steps, led from a state to the next; the others drift."""
+    states, shapes, actions = sprites_env.sample_walks(np.random.default_rng(2), 300, 11, 2, hold)
+    assert states.shape == (300, 11, 4, 4) and shapes.shape == (300, 4)
+    assert actions.shape == (300, 10, 2) and actions.dtype == np.float32
+    for t in range(10):
+        np.testing.assert_array_equal(
+            states[:, t + 1], sprites_env.act(states[:, t], actions[:, t])
+        )
+        assert (actions[:, t] == actions[:, t - t % hold]).all()
+    assert len(np.unique(actions)) > 299 * 2 * -(-10 // hold)
+    assert abs(actions.mean()) < 0.05 and abs(actions.var() - 1 / 3) < 0.03
+    start, shapes_too = sprites_env.sample_states(np.random.default_rng(2), 300, 2)
+    np.testing.assert_array_equal(start, states[:, 0])
+    np.testing.assert_array_equal(shapes, shapes_too)
+    speed = np.abs(states[:, :, 1:, 2:])
+    np.testing.assert_allclose(speed, speed[:, :1].repeat(11, axis=1))
+
+
 def test_trajectory_frames_are_those_of_the_states():
     frames, states, _ = sprites_env.sample_trajectories(
         np.random.default_rng(1), 4, 6, 1, num_frames=3

@@ -232,7 +232,7 @@ def test_objects():
 
 def test_paint_by_hand():
     """Each object where its box is; -1 is none; where two meet, the brighter one is seen."""
-    objects = np.array([[7, -1, 3], [0, 7, -1]])
+    objects = np.array([[7, -1, 3], [7, 0, -1]])
     corners = np.array([[[0, 48], [9, 9], [30, 5]], [[20, 20], [20, 20], [0, 0]]])
     images = gv.paint(objects, corners)
     assert images.shape == (2, 1, 64, 64) and images.dtype == np.uint8
@@ -400,6 +400,17 @@ def test_what_is_embedded(grasps):
     expected_heat = (maps * expected_p[:, :, None, None]).sum(1)
     for got, expected in ((a, expected_a), (p, expected_p), (heat, expected_heat)):
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_what_one_tower_for_both_embeds(grasps):
+    """What an empty scene has as well does not belong to the object."""
+    few = gv.Grasps(*(x[:3] for x in vars(grasps).values()))
+    tower = lambda images: nn.functional.avg_pool2d(images, 4) + 7  # noqa: E731
+    _, p, heat = gv.embed(tower, tower, few, "cpu")
+    mean = torch.from_numpy(few.outcome).float().mean((1, 2, 3)) / 255
+    torch.testing.assert_close(p[:, 0], 16 * mean)
+    images = torch.from_numpy(few.before).float() / 255
+    torch.testing.assert_close(heat, p[:, :, None] * tower(images)[:, 0])
 
 
 def test_places_by_hand():

@@ -192,6 +192,19 @@ def test_what_was_pretrained_is_loaded(tmp_path, name, batch_norm):
     assert torch.equal(before(frames), after(frames))
 
 
+@pytest.mark.parametrize("name", ["pretrained", "pretrained_finetune"])
+def test_any_objective_will_do_for_pretrained(tmp_path, name):
+    """And its run is told apart from those with other encoders."""
+    folder = tmp_path / "inverse_d2_s1"
+    folder.mkdir()
+    before = save_encoder(folder / "encoder.pt", "inverse").eval()
+    args = ppo.Args(encoder=name, encoder_path=str(folder / "encoder.pt"), distractors=2, seed=4)
+    frames = torch.rand(3, 1, 64, 64)
+    assert torch.equal(before(frames), ppo.make_encoder(args).eval()(frames))
+    assert args.run_name == f"{name}_inverse_d2_s1_d2_s4"
+    assert (name in ppo.FROZEN) == (name == "pretrained")
+
+
 @pytest.mark.parametrize("name", ["reward_prediction_finetune", "image_reconstruction"])
 def test_a_missing_encoder_is_pretrained(tmp_path, monkeypatch, name):
     """By a program of its own, once, with flags that it knows; here it is called in process."""
@@ -549,6 +562,8 @@ def test_run_name():
         ("--encoder-path foreign.pt", "foreign.pt is no file for --encoder reward_prediction: "),
         ("--encoder-path text.pt", "text.pt is no file for --encoder reward_prediction: "),
         ("--encoder-path other.pt", "its objective was image_reconstruction"),
+        ("--encoder pretrained", "--encoder pretrained needs an --encoder-path"),
+        ("--encoder pretrained --encoder-path nan.pt", "its numbers are not finite"),
         ("--encoder-path nan.pt", "its numbers are not finite"),
         ("--encoder-path good.pt --out .", "--out must not be the folder of --encoder-path"),
     ],

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
+from matplotlib.figure import Figure
 
 import sprites_env
 
@@ -25,10 +26,29 @@ TINY = {  # the smallest runs that report at least twice
     "curl": {"mode": "state", "total_steps": 160, "num_envs": 2, "initial_steps": 20, "updates": 1},
     "rig_td3": {"goals": "oracle", "images": 100, "total_steps": 80, "num_envs": 1},
     "skill_embedding": {"total_steps": 640, "num_envs": 4, "updates": 1, "batch_size": 3},
+    "grasp2vec": {"updates": 2, "batch_size": 3},
+    "pretext": {"updates": 2, "batch_size": 2, "distractors": 0},
+    "cc_rig": {"scenes": 40, "vae_updates": 2, "total_steps": 80, "num_envs": 1, "batch_size": 8}
+    | {"context_dim": 5},
 }
 ALIKE = {"eval_episodes": 4, "torch_threads": 1, "device": "cpu"}
 SCRIPTS = list(TINY)
 each_script = pytest.mark.parametrize("script", SCRIPTS)
+
+
+@pytest.fixture(autouse=True)
+def quick_measures(monkeypatch):
+    """Few objects, frames and scenes to measure with, and pictures that are drawn in no time."""
+    quick = {
+        "grasp2vec": {"TESTS": 2, "draw_heatmaps": lambda *_: Figure()}
+        | {"draw_retrieved": lambda *_: Figure()},
+        "pretext": {"PROBES": 40, "FITTED": 30},
+        "cc_rig": {"PROBED": 20, "RANDOM_STEPS": 40, "REPORT_EVERY": 40}
+        | {"draw_imagined_here": lambda *_: None, "draw_reached": lambda *_: None},
+    }
+    for script, values in quick.items():
+        for name, value in values.items():
+            monkeypatch.setattr(importlib.import_module(script), name, value)
 
 
 def arguments(script, **changes):
@@ -264,7 +284,9 @@ TOO_LARGE = [
     ("curl", {"batch_size": 2**31 - 1}),
     ("rig_td3", {"batch_size": 2**31 - 1}),
     ("skill_embedding", {"batch_size": 2**31 - 1}),
-]
+    ("pretext", {"batch_size": 2**31 - 1}),
+    ("cc_rig", {"batch_size": 2**31 - 1}),
+]  # grasp2vec.py takes 36 grasps at most
 
 
 @posix
@@ -362,9 +384,24 @@ CHANGES = {  # another value for each flag that must change what is learnt
     | {"spread": 0.5, "z_sd": 0.5, "alpha1": 1.0, "alpha2": 0.5, "alpha3": 0.5, "window": 2}
     | {"z_ratio": True, "gamma": 0.5, "total_steps": 800, "num_envs": 8, "updates": 2}
     | {"batch_size": 4, "learning_rate": 1e-2, "seed": 2},
+    "grasp2vec": {"objective": "reconstruction", "same_place": True, "jitter": 0, "lam": 0.1}
+    | {"updates": 3, "batch_size": 4, "learning_rate": 1e-3, "seed": 2},
+    "pretext": {"objective": "time_contrast", "distractors": 1, "updates": 3, "batch_size": 3}
+    | {"learning_rate": 1e-3, "z_dim": 8, "seed": 2},
+    "cc_rig": {"context": "none", "appearances": "4", "z_dim": 3, "context_dim": 6, "seed": 2}
+    | {"beta": 2.0, "beta_start": 5.0, "scenes": 50, "vae_updates": 3, "vae_learning_rate": 1e-3}
+    | {"total_steps": 120, "num_envs": 2, "goal_fractions": (1.0, 0.0, 0.0), "noise": 0.5}
+    | {"batch_size": 9, "learning_rate": 1e-4, "gamma": 0.5, "tau": 0.5},
 }
 BASIS = {"rig_td3": {"total_steps": 80}, "curl": {"tau": 0.05}, "awac": {"total_steps": 80}}
-FIRST = {"awac": {"alpha": ({"algorithm": "sac_from_buffer"}, 0.5)}}  # flags of one variant only
+FIRST = {  # flags of one variant only
+    "awac": {"alpha": ({"algorithm": "sac_from_buffer"}, 0.5)},
+    "pretext": {
+        "contrast": ({"objective": "shuffle"}, 0.5),
+        "beta": ({"objective": "beta_vae"}, 0.5),
+        "tau": ({"objective": "forward_slow_target", "learning_rate": 0.1}, 0.5),
+    },
+}
 PIXELS = {"mode": "curl", "z_dim": 8, "hidden": 8, "batch_size": 4}
 IN_CURL = {"encoder_tau": 0.9, "frame_stack": 2, "pad": 2, "z_dim": 12, "mode": "rad"}
 

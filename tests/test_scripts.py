@@ -31,6 +31,10 @@ SHORT = {  # a short run of each script
     "rig_td3": {"images": 300, "vae_updates": 4, "total_steps": 240, "num_envs": 2}
     | {"finetune_every": 4, "finetune_updates": 2, "eval_episodes": 3, "batch_size": 4},
     "skill_embedding": {"total_steps": 640, "num_envs": 4, "updates": 2, "eval_episodes": 8},
+    "grasp2vec": {"updates": 2, "batch_size": 3},
+    "pretext": {"updates": 2, "batch_size": 2},
+    "cc_rig": {"scenes": 40, "vae_updates": 2, "total_steps": 120, "num_envs": 1}
+    | {"eval_episodes": 3, "batch_size": 8, "context_dim": 5},
 }
 each_script = pytest.mark.parametrize("script", SHORT)
 
@@ -50,14 +54,14 @@ def rows_of(folder):
         return list(csv.DictReader(file))
 
 
-# --- All six scripts -------------------------------------------------------------------------
+# --- All scripts -----------------------------------------------------------------------------
 
 
 @each_script
 def test_an_interrupted_run_keeps_what_was_reported(tmp_path, monkeypatch, script):
     """Ctrl-C while the second checkpoint is being written: the first one is still whole. (This
-    short, rig_td3.py reports only once.)"""
-    save, count, at = torch.save, [], 1 if script == "rig_td3" else 2
+    short, rig_td3.py and cc_rig.py report only once.)"""
+    save, count, at = torch.save, [], 1 if script in ("rig_td3", "cc_rig") else 2
 
     def interrupted(content, file):
         save(content, file)
@@ -73,7 +77,7 @@ def test_an_interrupted_run_keeps_what_was_reported(tmp_path, monkeypatch, scrip
     rows, checkpoint = rows_of(tmp_path / "run"), tmp_path / "run" / "checkpoint.pt"
     assert len(rows) == at and checkpoint.exists() == (at == 2)
     if at == 2:
-        name = "update" if script in ("rp_pretrain", "awac") else "step"
+        name = "update" if script in ("rp_pretrain", "awac", "grasp2vec", "pretext") else "step"
         assert torch.load(checkpoint)[name] == int(rows[0]["step"])
     assert not (tmp_path / "run" / "summary.json").exists()
 
