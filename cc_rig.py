@@ -86,7 +86,9 @@ Writes
     and `reward`.
 
 Result
-    To be measured.
+    Three seeds, ever new scenes: imagined goals miss the scene by .12, without a context by .67. In
+    two seeds the agent ends .04 from its goal in unseen scenes, in the third .37, as one of two
+    dimensions of z never woke; without a context .28. All: benchmark/README.md.
 
 Try
     1. --beta-start 0.02 --beta 0.02 --out runs/free: z costs nothing. What is in z now? (Look at

@@ -86,11 +86,11 @@ Writes
     Columns of curve.csv: `step` (updates), `seconds`, `steps_per_second`, and these.
 
 Result
-    R² of agent, target, distractors (2 distractors, seed 1): inverse .97, .01, .06; forward 0, 0,
-    0; time_contrast .14, .54, .40; reward_prediction .92, .94, .04; pixels .13, .51, .32.
+    R² of agent, target, distractors (2 distractors, five seeds): inverse .97, .01, .04; forward 0,
+    0, 0; time_contrast .16, .59, .41; reward_prediction .93, .96, .03; pixels .13, .51, .32.
     The contrasts see every sprite (decoded.png), but not which one is the agent. Returns of PPO on
-    the frozen codes: inverse 31.1 (as much as waiting in the centre), time_contrast 29.0,
-    reward_prediction 36.0, none 28.5.
+    the frozen codes: inverse 31.0 (as much as waiting in the centre), time_contrast 28.9,
+    reward_prediction 36.5, none 28.5. All: benchmark/README.md.
 
 Try
     1. --objective forward: what do loss_held_out and z_sd say together? Then forward_slow_target.

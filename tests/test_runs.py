@@ -421,6 +421,8 @@ def no_pictures(monkeypatch):
 
     for name in ("save_gif", "film"):
         monkeypatch.setattr(sprites_env, name, lambda *_: None)
+    for name in ("draw_curve", "draw_images"):
+        monkeypatch.setattr(sprites_env, name, lambda *_: Figure())
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, file: file.touch())
     monkeypatch.setattr(sprites_env.Path, "replace", lambda self, _: self.rename(_)
                         if self.exists() else None)  # fmt: skip
