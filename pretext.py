@@ -86,8 +86,8 @@ Writes
     Columns of curve.csv: `step` (updates), `seconds`, `steps_per_second`, and these.
 
 Result
-    R² of agent, target, distractors (2 distractors, five seeds): inverse .97, .01, .04; forward 0,
-    0, 0; time_contrast .16, .59, .41; reward_prediction .93, .96, .03; pixels .13, .51, .32.
+    R² of agent, target, distractors (2 distractors, five seeds): inverse .97, .01, .05; forward 0,
+    0, 0; time_contrast .16, .59, .40; reward_prediction .93, .96, .03; pixels .13, .51, .32.
     The contrasts see every sprite (decoded.png), but not which one is the agent. Returns of PPO on
     the frozen codes: inverse 31.0 (as much as waiting in the centre), time_contrast 28.9,
     reward_prediction 36.5, none 28.5. All: benchmark/README.md.
