@@ -52,9 +52,9 @@ Differs from the paper
        every goal would show the agent at its start as well, faintly.
     2. The encoder sees s and s₀ as two channels, not s and z_c: what has changed is a difference.
        Each 4 x 4 pixels are drawn from z, their place, and z_c by weights of their own.
-    3. β goes from 4 to 1 beside a *sum* over pixels (authors' code: 1 to 50, mean over pixels).
+    3. β goes from 2 to 1 beside a *sum* over pixels (authors' code: 1 to 50, mean over pixels).
        From 20, as in rig_td3.py, z never wakes: the context is learnt first, and meanwhile the
-       decoder learns that z is noise.
+       decoder learns that z is noise. From 4 it wakes so late that a dimension may be missing.
     4. TD3 is given z_c at 0.03 of its size. At full size the distance to goals is twice as large:
        in reach the action does not depend on it, but 128 numbers drown eight.
     5. No batch norm, dropout or weight decay. Networks, TD3's settings, relabelling and exploration
@@ -134,9 +134,9 @@ class Args:
     z_dim: int = 4  # Z, numbers for what changes within an episode
     context_dim: int = 64  # C, numbers for what does not
     beta: float = 1.0  # weight of KL in the VAE's loss, at the end
-    beta_start: float = 4.0  # and at the start; falls in equal ratios
+    beta_start: float = 2.0  # and at the start; falls in equal ratios
     scenes: int = 10_000  # to train the VAE with, five images of each
-    vae_updates: int = 2_000  # gradient steps of the VAE, before any practice
+    vae_updates: int = 3_000  # gradient steps of the VAE, before any practice
     vae_learning_rate: float = 2e-3  # of Adam, for all of its networks
     total_steps: int = 8_000  # of the environment
     num_envs: int = 10  # episodes of a round, after which come as many updates as it had steps
