@@ -35,7 +35,16 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, RUNS = ROOT / "benchmark" / "results", Path("runs") / "study"
 Study = Literal[
-    "encoders", "single_task", "awac", "curl", "rig", "skill", "grasp2vec", "pretext", "cc_rig"
+    "encoders",
+    "single_task",
+    "awac",
+    "curl",
+    "rig",
+    "skill",
+    "grasp2vec",
+    "pretext",
+    "cc_rig",
+    "psrl",
 ]
 Encoder = Literal[
     "oracle",
@@ -54,6 +63,7 @@ KEYS = {  # table of results: the flags that tell its runs apart
     "awac": ("algorithm", "lam", "seed", "total_steps"),
     "awac_narrow": ("algorithm", "mixture", "seed", "total_steps"),
     "curl": ("mode", "distractors", "seed"),
+    "psrl": ("mode", "distractors", "seed"),
     "rig": ("task", "goals", "goal_fractions", "seed"),
     "skill": ("experiment", "embedding", "alpha2", "seed"),
     "grasp2vec": ("objective", "same_place", "jitter", "lam", "seed"),
@@ -99,7 +109,11 @@ SHORT = {"distractors": "d", "seed": "s", "total_steps": "n", "lam": "l"}
 class Args:
     study: Study = "encoders"  # which of the studies
     encoders: tuple[Encoder, ...] = ENCODERS  # which of the seven (study of encoders)
-    distractors: tuple[Literal[0, 1, 2], ...] = (0, 1, 2)  # how many (of encoders; of curl: 0, 2)
+    distractors: tuple[Literal[0, 1, 2], ...] = (
+        0,
+        1,
+        2,
+    )  # how many (of encoders; of curl, psrl: 0, 2)
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # one run each; some studies take three at most
     total_steps: int = 250_000  # environment steps of each PPO run
     jobs: int = os.cpu_count() or 1  # processes at a time, one thread each
@@ -176,6 +190,13 @@ def plan_curl(args):
     modes = ("state", "pixel", "rad", "curl", "curl_unaugmented_sac", "contrastive_only")
     wanted = [d for d in (0, 2) if d in args.distractors]
     return [Job("curl", (m, d, seed)) for seed in args.seeds for d in wanted for m in modes]
+
+
+def plan_psrl(args):
+    """Soft actor critic alone, each part by itself, all of them, and with actions shuffled."""
+    modes = ("rad", "aat", "cat", "correspondence", "full", "full_shuffled_actions")
+    wanted = [d for d in (0, 2) if d in args.distractors]
+    return [Job("psrl", (m, d, s)) for s in args.seeds[:3] for d in wanted for m in modes]
 
 
 def plan_rig(args):
