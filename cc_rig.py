@@ -13,12 +13,12 @@ Paper
     Fujimoto, van Hoof & Meger, 2018, arXiv 1802.09477.
 
 Algorithm
-    images ← collect_scenes                        short episodes in many scenes (--appearances)
+    images ← collect_scenes                        many scenes (--appearances), the agent anywhere
     see_scenes: --vae-updates times update_cc_vae  one step on (1), with a β that falls
     repeat until --total-steps:
         practise_here: z_c of the first frame, a goal z̄_g (3) for each environment,
                        an episode toward it, stored in codes; random at first
-        as many times as it had steps:
+        as many times as these episodes had steps:
             contextual_batch                       other goals (5), the same context, rewards (4)
             update_goal_critic                     one step on (8)
             every second time update_goal_actor    one step on (9); slow copies follow
@@ -42,14 +42,15 @@ Notation
     s image, s₀ the first of its episode, z code of s, z_c context, z̄ = (z, z_c), z_g and z̄_g
     goals, a action, π the actor, Q the twin critics, bars on π and Q: slow copies, prime: next
     step. N environments, T steps of an episode, B batch, E scenes (or episodes) and F images of
-    each, M held-out goals, K = 4 objects in the frame, P x P patches of p x p pixels, H hidden
-    units, Z size of z, C of z_c, A (in shapes) of an action, D of an input.
+    each besides the first, M held-out goals, K = 4 objects in the frame, P x P patches of p x p
+    pixels, H hidden units, Z size of z, C of z_c, A (in shapes) of an action, D of an input.
 
 Differs from the paper
     1. Scenes: reach, with the square and two triangles at rest; only the agent moves. In images
        for the VAE it is put anywhere in each frame: after a random walk it would still be near its
-       start, and z would say where it is from there. s₀ itself is not among the images to be drawn:
-       every goal would show the agent at its start as well, faintly.
+       start, and z would say where it is from there. s₀ itself is not among the images to be
+       painted: every goal would show the agent at its start as well, faintly. These images are not
+       steps of the environment: --total-steps does not count them.
     2. The encoder sees s and s₀ as two channels, not s and z_c: what has changed is a difference.
        Each 4 x 4 pixels are drawn from z, their place, and z_c by weights of their own.
     3. β goes from 2 to 1 beside a *sum* over pixels (authors' code: 1 to 50, mean over pixels).
@@ -59,7 +60,7 @@ Differs from the paper
        in reach the action does not depend on it, but 128 numbers drown eight.
     5. No batch norm, dropout or weight decay. Networks, TD3's settings, relabelling and exploration
        are those of rig_td3.py, but 8,000 steps and half the learning rate. No fine-tuning and no
-       fitted prior, as in the paper: there --context none differs from rig_td3.py.
+       fitted prior, as in the paper; in this --context none is not rig_td3.py.
     6. The replay holds every episode of the run, so no context is ever overwritten.
 
 Run
@@ -70,20 +71,20 @@ Run
 Writes
     to runs/cc_rig/<context>_<appearances>_d2_s<seed>/: args.json, curve.csv, curve.png,
     imagined_goals.png (unseen s₀, imagined goals below it), exchanged.png (one z_g in a row, one
-    scene in a column), reached.png and rollout.gif (unseen scenes, the goal as a ghost),
-    checkpoint.pt (at every report) and summary.json with `final_agent_distance` (frame widths, mean
-    over `eval_episodes` goals), `success_rate` (within 0.05), `untouched_agent_distance` (doing
-    nothing), `imagined_scene_error` (squared error of imagined goals within squares around what is
-    at rest), `mean_scene_error` (of the mean image of training), `probe_r2_agent` (linear map from
-    z to the agent's place), `probe_r2_scene_z`, `probe_r2_scene_context` (from z and z_c to the
-    centre of mass of what is at rest; 0 where that is always the same), `vae_minutes`, `minutes`;
-    all in scenes as in training (with --appearances all, new ones). The same in unseen scenes,
-    where both triangles point up: `unseen_agent_distance`, `unseen_success_rate`,
-    `unseen_untouched_distance`, `unseen_imagined_scene_error`, `unseen_mean_scene_error`,
-    `unseen_probe_r2_agent`, `unseen_probe_r2_scene_z`, `unseen_probe_r2_scene_context`.
-    Columns of curve.csv: `step`, `seconds`, `steps_per_second` (with the VAE's time), both
-    distances and success rates, and of the last batch `critic_loss`, `q` (of the actor's actions)
-    and `reward`.
+    scene in a column), reached.png (unseen scenes: start, goal, reached), rollout.gif (the same,
+    the goal as a ghost), checkpoint.pt (at every report) and summary.json with
+    `final_agent_distance` (frame widths, mean over `eval_episodes` goals), `success_rate` (within
+    0.05), `untouched_agent_distance` (doing nothing), `imagined_scene_error` (squared error of
+    imagined goals within squares around what is at rest), `mean_scene_error` (of the mean image of
+    training), `probe_r2_agent` (linear map from z to the agent's place), `probe_r2_scene_z`,
+    `probe_r2_scene_context` (from z and z_c to the centre of mass of what is at rest; 0 where that
+    is always the same), `vae_minutes`, `minutes`; all in scenes as in training (with --appearances
+    all, new ones). The same in unseen scenes, where both triangles point up:
+    `unseen_agent_distance`, `unseen_success_rate`, `unseen_untouched_distance`,
+    `unseen_imagined_scene_error`, `unseen_mean_scene_error`, `unseen_probe_r2_agent`,
+    `unseen_probe_r2_scene_z`, `unseen_probe_r2_scene_context`. Columns of curve.csv: `step`,
+    `seconds`, `steps_per_second` (with the VAE's time), both distances and success rates, and of
+    the last batch `critic_loss`, `q` (of the actor's actions) and `reward`.
 
 Result
     Three seeds, ever new scenes: imagined goals miss the scene by .12, without a context by .67. In
@@ -247,8 +248,8 @@ class GoalActor(nn.Module):
         self.mlp = mlp(size_in, hidden, action_dim)
         nn.init.orthogonal_(self.mlp[-1].weight, 0.01)  # start with actions around zero
 
-    def forward(self, obs):  # (B, 2 Z + 2 C), z̄ and z̄_g side by side -> (B, A)
-        return self.mlp(obs).tanh()
+    def forward(self, codes):  # (B, 2 Z + 2 C), z̄ and z̄_g side by side -> (B, A)
+        return self.mlp(codes).tanh()
 
 
 class TwinCritic(nn.Module):
@@ -322,9 +323,9 @@ class CCVAE:
 class GoalAgent:
     """TD3 on z̄ and z̄_g side by side: actor, critic, their slow copies, and their optimisers."""
 
-    def __init__(self, z_dim, action_dim, args, device):
-        self.actor = GoalActor(2 * z_dim, HIDDEN, action_dim).to(device)
-        self.critic = TwinCritic(2 * z_dim, HIDDEN, action_dim).to(device)
+    def __init__(self, code_dim, action_dim, args, device):
+        self.actor = GoalActor(2 * code_dim, HIDDEN, action_dim).to(device)
+        self.critic = TwinCritic(2 * code_dim, HIDDEN, action_dim).to(device)
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         networks = self.actor, self.critic
@@ -364,39 +365,40 @@ def imagine_here(context, z_dim):
 
 
 def goal_reward(reached, goal):
-    """r = −‖z' − z_g‖, eq. (4): not squared, of the *next* state. Both (B, D) -> (B,)."""
+    """r = −‖z̄' − z̄_g‖, eq. (4): not squared, of the *next* code. Both (B, Z + C) -> (B,)."""
     assert reached.shape == goal.shape
     return -(reached - goal).norm(dim=-1)
 
 
 def relabel(practised, prior, future, which):
-    """z_g of each transition, eq. (5): which (B,) is 0 for the goal that was practised, 1 for one
-    of the prior, 2 for a later state. Three times (B, Z), integers (B,) -> (B, Z)."""
+    """z̄_g of each transition, eq. (5): which (B,) is 0 for the goal that was practised, 1 for one
+    of the prior, 2 for a later state. Three times (B, Z + C), integers (B,) -> (B, Z + C)."""
     assert practised.shape == prior.shape == future.shape
     return torch.stack([practised, prior, future])[which, torch.arange(len(which))]
 
 
 def smoothed(action, noise):
-    """clip(π̄(z', z_g) + clip(ε, −c, c), −1, 1), eq. (6): similar actions are worth about the same.
-    Both (B, A) -> (B, A)."""
+    """clip(π̄(z̄', z̄_g) + clip(ε, −c, c), −1, 1), eq. (6): similar actions are worth about the
+    same. Both (B, A) -> (B, A)."""
     return (action + noise.clamp(-NOISE_CLIP, NOISE_CLIP)).clamp(-1, 1)
 
 
 def td_target(reward, terminated, next_value, gamma):
-    """y = r + γ (1 − terminated) V(s'), eq. (7). All (B,), called without gradient. A time limit
-    is not in here: an episode that was cut off goes on, as far as values are concerned."""
+    """y = r + γ (1 − terminated) min Q̄ᵢ, eq. (7); next_value is that minimum. All (B,), called
+    without gradient. A time limit is not in here: an episode that was cut off goes on, as far as
+    values are concerned."""
     assert reward.shape == terminated.shape == next_value.shape
     return reward + gamma * (1 - terminated) * next_value
 
 
 def critic_loss(q, target):
-    """Σᵢ E[(Qᵢ(s,a) − y)²], eq. (8). q (2, B), target (B,) -> scalar."""
+    """Σᵢ E[(Qᵢ(z̄, z̄_g, a) − y)²], eq. (8). q (2, B), target (B,) -> scalar."""
     assert q.shape == (2, *target.shape)
     return (q - target).square().mean(-1).sum()
 
 
 def deterministic_actor_loss(q):
-    """−E[Q₁(z, z_g, π(z, z_g))], eq. (9), of the first of the two critics. (2, B) -> scalar."""
+    """−E[Q₁(z̄, z̄_g, π(z̄, z̄_g))], eq. (9), of the first of the two critics. (2, B) -> scalar."""
     assert len(q) == 2
     return -q[0].mean()
 
@@ -415,8 +417,8 @@ def update_cc_vae(vae, frames, beta):
     """One step of all four networks on (1). frames uint8 (E, 1 + F, 1, 64, 64), of which the first
     of each scene is the context of the others. Returns the loss."""
     first, frames = vae.shown(frames[:, 0]), to_tensor(frames[:, 1:], vae.device)
-    pairs = torch.stack(torch.broadcast_tensors(frames, first[:, None]), dim=3)  # (E, F, 1, 2, ...)
-    parameters = vae.encoder(pairs.flatten(0, 2)).unflatten(0, frames.shape[:2])
+    pairs = torch.cat(torch.broadcast_tensors(frames, first[:, None]), dim=2)  # (E, F, 2, 64, 64)
+    parameters = vae.encoder(pairs.flatten(0, 1)).unflatten(0, frames.shape[:2])
     mean, log_var = parameters.chunk(2, dim=-1)  # (E, F, Z)
     z = mean + (0.5 * log_var).exp() * torch.randn_like(mean)
     context = vae.context_encoder(first)  # (E, C)
@@ -472,16 +474,16 @@ class Scenes:
     def __init__(self, args, seed, unseen=False):
         self.rng, self.unseen, self.fixed = np.random.default_rng(seed), unseen, None
         if args.appearances != "all" and not unseen:
-            self.fixed = self.draw(np.random.default_rng(args.seed), int(args.appearances))
+            self.fixed = self.sample(np.random.default_rng(args.seed), int(args.appearances))
 
-    def draw(self, rng, count):
+    def sample(self, rng, count):
         states, shapes = sprites_env.sample_states(rng, count, 2, "reach")
         shapes[:, 2:] = UP if self.unseen else rng.integers(2, UP, (count, 2))
         return states, shapes
 
     def start(self, count):
         """States (N, 4, 4) and shapes (N, 4), as the environment's reset takes them."""
-        states, shapes = self.draw(self.rng, count)
+        states, shapes = self.sample(self.rng, count)
         if self.fixed:
             which = self.rng.integers(len(self.fixed[0]), size=count)
             states[:, TARGET:], shapes = self.fixed[0][which, TARGET:], self.fixed[1][which]
@@ -490,13 +492,13 @@ class Scenes:
     def elsewhere(self, states):
         """The same scenes with the agent anywhere. (N, 4, 4) -> (N, 4, 4)."""
         moved = states.copy()
-        moved[:, AGENT] = self.draw(self.rng, len(states))[0][:, AGENT]
+        moved[:, AGENT] = self.sample(self.rng, len(states))[0][:, AGENT]
         return moved
 
 
 def collect_scenes(scenes, count):
-    """Short episodes, in each frame of which the agent has been put somewhere else. Returns images
-    uint8 (E, F, 1, 64, 64) and, to measure with, states (E, F, 4, 4) and shapes (E, 4)."""
+    """Images of scenes, in each of which the agent has been put somewhere else. Returns images
+    uint8 (E, 1 + F, 1, 64, 64) and, to measure with, states (E, 1 + F, 4, 4) and shapes (E, 4)."""
     states, shapes = scenes.start(count)
     states = np.stack([states] + [scenes.elsewhere(states) for _ in range(FRAMES - 1)], axis=1)
     images = sprites_env.draw(states[..., :2].reshape(-1, 4, 2), shapes.repeat(FRAMES, axis=0))
@@ -607,7 +609,8 @@ class HeldOutScenes:
     same scenes with the agent elsewhere, and images of both."""
 
     def __init__(self, args, scenes):
-        self.steps = make_env(args, 1).horizon  # one less than here, so that the last state stays
+        self.steps = make_env(args, 1).horizon
+        # one step longer, or the environment would reset before the last state has been read
         self.env = make_env(args, args.eval_episodes, horizon=self.steps + 1)
         self.start, self.shapes = scenes.start(args.eval_episodes)
         self.goal = scenes.elsewhere(self.start)
@@ -675,7 +678,8 @@ def train(args):
     rounds = args.total_steps // (N * T)
     run = Run(args, total=rounds * N * T)
     device = run.device
-    scenes, kinds = Scenes(args, args.seed * 100_000), {"": False, "unseen_": True}
+    scenes = Scenes(args, args.seed * 100_000)
+    kinds = {"": False, "unseen_": True}  # prefix of a measure: are its scenes unseen?
 
     # see
     images, *_ = collect_scenes(scenes, args.scenes)
@@ -740,10 +744,10 @@ def draw_imagined_here(run, vae, first, columns=8):
     context = vae.encode_context(first)
     goals = [imagine_here(context, vae.z_dim) for _ in range(3)]
     rows = {"s₀": first[:, 0] / 255}
-    imagined = {" " * i or "imagined": vae.decode(x)[:, 0].cpu() for i, x in enumerate(goals)}
+    imagined = {f"goal {i + 1}": vae.decode(x)[:, 0].cpu() for i, x in enumerate(goals)}
     run.save("imagined_goals.png", sprites_env.draw_images(rows | imagined))
     same = [torch.cat([x[:1, : vae.z_dim].expand(len(x), -1), context], dim=-1) for x in goals]
-    exchanged = {f"z{i + 1}": vae.decode(x)[:, 0].cpu() for i, x in enumerate(same)}
+    exchanged = {f"z_g {i + 1}": vae.decode(x)[:, 0].cpu() for i, x in enumerate(same)}
     run.save("exchanged.png", sprites_env.draw_images(rows | exchanged))
 
 

@@ -22,8 +22,8 @@ Algorithm
 Equations
     (1)  φ(x) = g · mean over the places of f(x): a tower's map f, here 16 x 16 places, g = 16
     (2)  a = φₛ(before) − φₛ(after),   p = φₒ(outcome)
-    (3)  NPairs(a, p) = mean over i of −log softmaxⱼ(aᵢᵀ pⱼ)ᵢ + λ (‖aᵢ‖² + ‖pᵢ‖²)
-    (4)  loss = NPairs(a, p) + NPairs(p, a)
+    (3)  NPairs(a, p) = meanᵢ [−log (exp(aᵢᵀ pᵢ) / Σⱼ exp(aᵢᵀ pⱼ)) + λ (‖aᵢ‖² + ‖pᵢ‖²)]
+    (4)  loss = NPairs(a, p) + NPairs(p, a), so the norms count twice
     (5)  heat(u) = pᵀ fₛ(before)(u): its maximum says where the object lies
     (6)  reconstruction loss = mean over pixels of (x − x̂)²
     (7)  retrieved: the outcome j ≠ i nearest to aᵢ, largest aᵢᵀ pⱼ / (‖aᵢ‖ ‖pⱼ‖) or least ‖aᵢ − pⱼ‖
@@ -32,21 +32,21 @@ Equations
 
 Notation
     B batch, M grasps of a test, K objects in a scene (the first is the one taken), C features, f a
-    map, φ an embedding, u a place, t an object's template. Indices s and o: the scene's tower, and
-    the outcome's. before, after, outcome: images (B, 1, 64, 64) in [0, 1].
+    map, φ an embedding, u a place, i and j grasps, x an image, x̂ the decoded one. Indices s and o:
+    the scene's tower, and the outcome's. before, after, outcome: images (B, 1, 64, 64) in [0, 1].
 
 Differs from the paper
     1. Drawn scenes of two to four objects that do not hide each other, and no robot: no failed
        grasps. The others move by up to --jitter pixels; the outcome shows the object elsewhere.
     2. Four convolutions instead of a ResNet-50, orthogonal initialisation. All but the last halve
-       the image or look around; the last looks at one place, as nothing in (4) says where a feature
-       must fire: with 3 x 3 there, maxima moved beside the object.
-    3. g = 16, not 1: an object covers about 8 of 256 places, and a plain mean starts so small that
+       the image or see its surroundings; the last sees one place only, as nothing in (4) says where
+       a feature must fire: with 3 x 3 there, maxima moved beside the object.
+    3. g = 16, not 1: an object touches about 9 of 256 places, and a plain mean starts so small that
        the softmax hardly differs from uniform for hundreds of updates.
     4. Adam at 1e-2 with warm-up and cosine, batches of 32 objects that all differ, since equal ones
        are not negatives; the release has 1e-4 and 8.
-    5. Nearest by angle. The controls, which nobody trained for inner products, by distance, and of
-       their outcomes only what an empty scene has not.
+    5. Nearest by angle. The controls and reconstruction, which nobody trained for inner products,
+       by distance; and as one tower serves as both, what an empty scene gives is taken off p.
 
 Run
     python grasp2vec.py
@@ -58,10 +58,12 @@ Writes
     curve.png, checkpoint.pt (the towers, at every report), heatmaps.png, neighbours.png and
     summary.json, shares of held-out grasps, with novel objects and with seen ones:
     `retrieval_seen`, `retrieval_novel` (same object retrieved, from outcomes of all 48),
-    `localisation_seen`, `localisation_novel` (maximum on the object's bounding box); the same four
+    `localisation_seen`, `localisation_novel` (maximum on a 4 x 4 place that touches the
+    object's bounding box); the same four
     after `chance_`, `untrained_` and `pixels_`; `wrong_shape`, `wrong_size`, `wrong_grey` (share of
     retrievals that differ in it), `updates`, `minutes`. Columns of curve.csv: `step` (updates),
-    `seconds`, `steps_per_second`, `loss`, `norm_a`, `norm_p` (of the last batch), and these shares.
+    `seconds`, `steps_per_second`, `loss`, `norm_a`, `norm_p` (of the last batch, not of
+    reconstruction), and these shares.
 
 Result
     Shares of held-out grasps, five seeds: retrieval .996 (seen), .939 (novel), localisation .956,
@@ -70,8 +72,8 @@ Result
 Try
     1. --same-place: the outcome shows the object where it was in the scene. Can the towers cheat?
     2. --lam 0: what happens to norm_a and norm_p, what to retrieval?
-    3. --jitter 0: the rest of the scene cancels exactly. Is it easier to learn? To be tested on
-       scenes that do jitter?
+    3. --jitter 0: the rest of the scene cancels exactly. Is it easier to learn? And how does it do
+       in the tests, whose scenes do jitter?
 """
 
 import math
@@ -125,8 +127,8 @@ class Args:
     @property
     def run_name(self):
         variant = [self.objective] + ["same_place"] * self.same_place
-        variant += [f"jitter{self.jitter}"] * (self.jitter != JITTER)
-        variant += [f"lam{self.lam:g}"] * (self.lam != 5e-4)
+        variant += [f"jitter{self.jitter}"] * (self.jitter != Args.jitter)
+        variant += [f"lam{self.lam:g}"] * (self.lam != Args.lam)
         return "_".join([*variant, f"s{self.seed}"])
 
 
@@ -189,7 +191,8 @@ def scene_difference(before, after):
 
 
 def n_pairs_loss(a, p, lam):
-    """Mean over i of −log softmaxⱼ(aᵢᵀ pⱼ)ᵢ + λ (‖aᵢ‖² + ‖pᵢ‖²), eq. (3). (B, C) -> scalar."""
+    """meanᵢ [−log (exp(aᵢᵀ pᵢ) / Σⱼ exp(aᵢᵀ pⱼ)) + λ (‖aᵢ‖² + ‖pᵢ‖²)], eq. (3).
+    Both (B, C) -> scalar."""
     assert a.shape == p.shape
     found = (a @ p.T).log_softmax(1).diagonal()  # (B,)
     return (lam * (a.square().sum(1) + p.square().sum(1)) - found).mean()
@@ -213,7 +216,7 @@ def reconstruction_loss(decoded, frames):
 
 
 def order_by_nearness(a, p, by_angle):
-    """The outcomes j from the nearest to aᵢ to the farthest, its own, i, last, eq. (7).
+    """The outcomes j from the nearest to aᵢ to the farthest; i itself comes last, eq. (7).
 
     Both (M, C) -> (M, M). By angle, or by distance."""
     assert a.shape == p.shape
@@ -338,23 +341,23 @@ def to_tensor(array, device):
 
 
 @torch.no_grad()
-def embed(scene, outcome, grasps, device):
-    """a, p (M, C) and heatmaps (M, 16, 16) by the towers `scene` and `outcome`, on the CPU. If they
-    are one, an outcome is a scene like others: p is what it has more than an empty one."""
-    chunks, step = [], 128
-    for i in range(0, len(grasps.objects), step):
+def embed(scene_tower, outcome_tower, grasps, device):
+    """a, p (M, C) and heatmaps (M, 16, 16) by these towers, on the CPU. If one tower serves as
+    both, p is what the outcome has more than an empty scene."""
+    chunks, size = [], 128
+    for i in range(0, len(grasps.objects), size):
         images = (grasps.before, grasps.after, grasps.outcome)
-        before, after, alone = (to_tensor(x[i : i + step], device) for x in images)
-        maps, p = scene(before), spatial_mean(outcome(alone))
-        if outcome is scene:
-            p = scene_difference(p, spatial_mean(scene(torch.zeros_like(alone))))
-        a = scene_difference(spatial_mean(maps), spatial_mean(scene(after)))
+        before, after, outcome = (to_tensor(x[i : i + size], device) for x in images)
+        maps, p = scene_tower(before), spatial_mean(outcome_tower(outcome))
+        if outcome_tower is scene_tower:
+            p = scene_difference(p, spatial_mean(scene_tower(torch.zeros_like(outcome))))
+        a = scene_difference(spatial_mean(maps), spatial_mean(scene_tower(after)))
         chunks.append((a, p, heatmaps(p, maps)))
     return [torch.cat(parts).cpu() for parts in zip(*chunks)]
 
 
 def places_of_taken(grasps):
-    """Of 16 x 16 places, which touch the bounding box of the object that is taken: (M, 16, 16)."""
+    """Which of the 16 x 16 places touch the bounding box of the object taken: (M, 16, 16)."""
     image = paint(grasps.objects[:, :1], grasps.corners[:, :1])[:, 0] > 0
     box = image.any(2)[:, :, None] & image.any(1)[:, None]
     return box.reshape(-1, 16, 4, 16, 4).any((2, 4))
@@ -367,10 +370,10 @@ def find_maxima(heat, grasps):
     return maximum, touched.reshape(len(heat), -1)[np.arange(len(heat)), maximum]
 
 
-def measure_grasps(scene, outcome, held_out, device, by_angle):
+def measure_grasps(scene_tower, outcome_tower, held_out, device, by_angle):
     """Shares of the held-out grasps whose object is retrieved and localised, and of those whose
     retrieved object has the wrong shape, size or grey."""
-    codes = [embed(scene, outcome, grasps, device) for grasps in held_out.values()]
+    codes = [embed(scene_tower, outcome_tower, x, device) for x in held_out.values()]
     a, p, _ = (torch.cat(parts) for parts in zip(*codes))
     truth = np.concatenate([grasps.objects[:, 0] for grasps in held_out.values()])
     retrieved = truth[order_by_nearness(a, p, by_angle)[:, 0].numpy()]

@@ -9,11 +9,12 @@ What
 
 Paper
     One each: inverse, forward_inverse: Pathak et al. 2017, arXiv 1705.05363 (curiosity); forward:
-    the same with one half; forward_slow_target: Grill et al. 2020, 2006.07733 (BYOL);
-    time_contrast: Sermanet et al. 2018, 1704.06888 (TCN); shuffle: Dorkenwald et al. 2022 (SCVRL);
-    temporal_disentanglement: Dunion et al., ICLR 2023 (TED); beta_vae: Higgins et al. 2017,
-    1707.08475 (DARLA); augmentation_contrast: Laskin et al. 2020, 2004.04136 (CURL);
-    reward_prediction: Yamada et al. 2022, 2204.11827.
+    its forward model alone; forward_slow_target: Schwarzer et al. 2021, 2007.05929 (SPR), after
+    Grill et al. 2020, 2006.07733 (BYOL); time_contrast: Sermanet et al. 2018, 1704.06888 (TCN);
+    shuffle: Dorkenwald et al. 2022 (SCVRL); temporal_disentanglement: Dunion et al., ICLR 2023
+    (TED); beta_vae: Higgins et al., ICLR 2017 (in RL as DARLA, 2017, 1707.08475, on features);
+    augmentation_contrast: Laskin et al. 2020, 2004.04136 (CURL); reward_prediction: Yamada et al.
+    2022, 2204.11827.
 
 Algorithm
     repeat --updates times:
@@ -22,6 +23,7 @@ Algorithm
         update_on_objective                     one step of the encoder, and of the objective's own
                                                 head, on the loss that OBJECTIVES names; polyak_
         every fourth time update_reconstruction a step of a decoder that looks on, z detached
+                                                (autoencoder and beta_vae train theirs with z)
     eleven times in all: assess                 the loss and the probes, on held-out data
 
 Equations
@@ -35,18 +37,20 @@ Equations
     (8)  reconstruction = mean over pixels of (x − x̂)²
     (9)  KL(N(μ, σ²) ‖ N(0, I)) = ½ Σ (μ² + σ² − log σ² − 1)
     (10) variational = E[−log p(x|z)] + β KL,   z ~ N(μ, σ²)
-    (11) rewards = Σₜ Σₖ (rₜₖ − r̂ₜₖ)², mean over B; here T = 1, and the K = 4 are positions
+    (11) rewards = Σₜ Σᵢ (rₜᵢ − r̂ₜᵢ)², mean over B; here T = 1, and the four i are positions
     (12) φ̄ ← φ̄ + τ (φ − φ̄), a slow copy that no gradient reaches
 
 Notation
-    x frames, z their codes, prime: HOLD steps later or the next frame; a actions, r rewards, hats:
-    predictions, bars in (12): slow copies. g, W and the numbers of (7): the objective's head. B
-    batch, F frames of a trajectory, Z size of the code, A of an action, K objects, or rewards.
+    x frames, x̂ decoded ones, z their codes, prime: HOLD steps later or the next frame; a actions,
+    r rewards, hats: predictions, bars in (12): slow copies. g, W and the numbers of (7): the
+    objective's head. B batch, F frames of a trajectory, Z size of the code, A of an action, K
+    objects.
 
 Differs from the paper
     1. One small encoder of single frames for all. Whatever needs motion gets several codes.
     2. An action is held for 4 steps, and pairs are 4 steps apart. In one step the agent moves by
-       at most 3 pixels: after 2,000 updates inverse then explained .03 of the actions, and .54 so.
+       at most 3 pixels: after 2,000 updates inverse then explained .03 of the actions; with 4
+       steps, .54.
     3. forward predicts codes with a gradient into both sides, the worst case, on purpose. Its
        cures: a slow copy makes the codes to be predicted, or the inverse model comes in (3).
     4. time_contrast is InfoNCE, not a triplet loss: two moments of an episode, at least 10 steps
@@ -57,7 +61,8 @@ Differs from the paper
     6. temporal_disentanglement is an auxiliary loss of RL in the paper; here it is all there is.
        Two strangers (the next frame of another episode; another moment of this one) to one pair.
     7. The loss of beta_vae is divided by the number of pixels: RAdam does not scale its first
-       steps. The variances come from a second head on the convolutions; z of an image is μ.
+       steps. The variances come from a second head on the convolutions; z of an image is μ. β is 1
+       by default, a plain VAE; more of it (--beta 4) asks for independent coordinates.
     8. Optimiser, rates and batches of 32 trajectories as in rp_pretrain.py, but 4,500 updates
        instead of 8,000. At 3,000 most of the table was settled, but inverse had not yet forgotten
        the distractors with every seed (R² .17 with seed 2; .05 after 5,000).
@@ -76,14 +81,14 @@ Writes
     which nobody can tell), from one frame; `r2_agent_displacement`, `r2_target_velocity` (how far
     the agent, the target went from one frame to another, HOLD steps later), from both;
     `r2_one_coordinate`, the mean of r2_agent and r2_target if each number must be read off a single
-    coordinate of z. `z_sd`, the mean standard deviation of z's coordinates: 0 is collapse.
-    `loss_held_out`, the objective's loss, and its own measures. Who knows nothing has `action_r2`,
-    `code_r2` (of â, ẑ′) 0; `top_1` 1/B (time_contrast: 1/2B); `order_loss` log 2, `order_accuracy`
-    1/2; `pair_loss` .637 (zero parameters: log 2), `pair_accuracy` 2/3; `mse_image` .058 (0
-    distractors: .034); `bce` 893 (594) and `kl` 0, in nats an image; `mse` .055. Then `updates`,
-    `minutes`, and for objective none `pixels_r2_…`: what can be read off the pixels themselves,
-    averaged over 4 x 4.
-    Columns of curve.csv: `step` (updates), `seconds`, `steps_per_second`, and these.
+    coordinate of z (the best one, chosen on the same frames). `z_sd`, the mean standard deviation
+    of z's coordinates: 0 is collapse. `loss_held_out`, the objective's loss, and its own measures.
+    A code that knows nothing has `action_r2`, `code_r2` (of â, ẑ′) 0; `top_1` 1/B (time_contrast:
+    1/2B); `order_loss` log 2, `order_accuracy` 1/2; `pair_loss` .637 (zero parameters: log 2),
+    `pair_accuracy` 2/3; `mse_image` .058 (0 distractors: .034); `bce` 893 (592) and `kl` 0, in nats
+    an image; `mse` .054. Then `updates`, `minutes`, and for objective none `pixels_r2_…`: what can
+    be read off the pixels themselves, averaged over 4 x 4. Columns of curve.csv: `step` (updates),
+    `seconds`, `steps_per_second`, and these.
 
 Result
     R² of agent, target, distractors (2 distractors, five seeds): inverse .97, .01, .05; forward 0,
@@ -102,7 +107,7 @@ Try
 import copy
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -240,14 +245,15 @@ class Learner:
     objective does not use gets no gradient, and is not stepped."""
 
     def __init__(self, args, device):
-        Z, self.encoder, self.decoder = args.z_dim, Encoder(args.z_dim), Decoder(args.z_dim)
+        Z = args.z_dim
+        self.encoder, self.decoder = Encoder(Z), Decoder(Z)  # first: of one seed, the same for all
         self.predict_action = mlp(2 * Z, HIDDEN, 2)
         self.predict_code = mlp(Z + 2, HIDDEN, Z)
         self.predict_order = mlp(3 * Z, HIDDEN, 1)
         self.predict_positions = mlp(Z, HIDDEN, 4)
         self.classify_pair = PairClassifier(Z)
         self.to_log_var = orthogonal_(nn.Linear(128, Z))
-        networks = nn.ModuleList(vars(self).values()).to(device)
+        networks = nn.ModuleList(vars(self).values()).to(device)  # all of the above
         self.W = nn.Parameter(torch.eye(Z, device=device))  # of (4)
         self.slow_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         parameters = [*networks.parameters(), self.W]
@@ -276,9 +282,9 @@ def forward_loss(predicted, z_next):
     return 0.5 * (predicted - z_next).square().sum(-1).mean()
 
 
-def curiosity_loss(inverse, forward):
+def curiosity_loss(inverse_error, forward_error):
     """10 (0.8 inverse + 0.2 forward), eq. (3)."""
-    return 10 * (0.8 * inverse + 0.2 * forward)
+    return 10 * (0.8 * inverse_error + 0.2 * forward_error)
 
 
 def bilinear_logits(query, keys, W):
@@ -376,7 +382,7 @@ def forward(model, batch, args):
 
 
 def forward_slow_target(model, batch, args):
-    """The same, but the next code is that of the slow copy: the encoder can not come to meet it."""
+    """The same, but the next code is that of the slow copy: the encoder cannot come to meet it."""
     z = model.encoder(batch["frames"][:, 0])
     with torch.no_grad():
         z_next = model.slow_encoder(batch["frames"][:, 1])
@@ -421,7 +427,7 @@ def shuffle(model, batch, args):
 
 
 def temporal_disentanglement(model, batch, args):
-    """Two frames: neighbours in time, or of two episodes, or of two moments?"""
+    """Neighbours in time, or strangers: of two episodes, or of two distant moments?"""
     z = model.encoder(batch["frames"][:, 0])
     with torch.no_grad():
         near, far = (model.slow_encoder(batch["frames"][:, i]) for i in (1, 2))
@@ -471,15 +477,12 @@ def none(model, batch, args):
     return batch["frames"].new_zeros(()), {}
 
 
-OBJECTIVES = (inverse, forward, forward_slow_target, forward_inverse, time_contrast, shuffle)
-OBJECTIVES += (temporal_disentanglement, autoencoder, beta_vae, augmentation_contrast)
-OBJECTIVES += (reward_prediction, none)
-OBJECTIVES = {objective.__name__: objective for objective in OBJECTIVES}
+OBJECTIVES = {name: globals()[name] for name in get_args(Objective)}  # the functions above
 
 
 def explained(predicted, true, least=1e-6):
-    """R² of a prediction over a batch. A spread below √`least` is none: a hundredth of that of an
-    untrained code. Both (B, Z) -> scalar."""
+    """R² of a prediction over a batch. `least`, the square of a hundredth of an untrained code's
+    spread, is added in both places, so that a collapsed code scores 0. Both (B, Z) -> scalar."""
     error, spread = (true - predicted).square().mean(), true.var(0, correction=0).mean()
     return 1 - (error + least) / (spread + least)
 
@@ -498,8 +501,8 @@ def update_on_objective(model, batch, args):
 
 
 def update_reconstruction(model, z, frames):
-    """One step on (8) of the decoder, and of the encoder, unless z (B, Z) is without gradient: a
-    network without gradient is not stepped. frames (B, 1, 64, 64). Returns the loss."""
+    """One step of the decoder on (8). z (B, Z) is without gradient: the encoder stays as it is.
+    frames (B, 1, 64, 64). Returns the loss."""
     loss = reconstruction_loss(model.decoder(z), frames)
     model.optimizer.zero_grad()
     loss.backward()
@@ -544,7 +547,7 @@ def sample_frames(rng, batch, args, device):
     positions = states[rows[:, None], times, :, :2]  # (B, F, K, 2)
     frames = draw_positions(positions, shapes)
     if args.objective == "augmentation_contrast":
-        offsets = rng.integers(2 * PAD + 1, size=(2, frames[:, :, 0, 0, 0].size))
+        offsets = rng.integers(2 * PAD + 1, size=(2, batch * frames.shape[1]))
         frames = random_shift(frames.reshape(-1, 1, 64, 64), offsets, PAD).reshape(frames.shape)
     arrays = {"frames": frames, "actions": actions[rows, times[:, 0]]}
     arrays["rewards"] = positions[:, 0, :2].reshape(batch, 1, 4)
@@ -553,9 +556,9 @@ def sample_frames(rng, batch, args, device):
 
 def draw_positions(positions, shapes):
     """uint8 frames (B, F, 1, 64, 64) of objects at positions (B, F, K, 2)."""
-    B, F, K, _ = positions.shape
-    frames = sprites_env.draw(positions.reshape(B * F, K, 2), shapes.repeat(F, axis=0))
-    return frames.reshape(B, F, 1, 64, 64)
+    batch, count, K, _ = positions.shape  # B, F, K
+    frames = sprites_env.draw(positions.reshape(-1, K, 2), shapes.repeat(count, axis=0))
+    return frames.reshape(batch, count, 1, 64, 64)
 
 
 def to_tensor(array, device):
@@ -618,7 +621,7 @@ def probe_code(encoder, frames, quantities):
 def assess(model, held_out, probed, args):
     """The objective's loss and own measures, means over held-out batches, and the probes."""
     rows = []
-    with torch.random.fork_rng():  # beta_vae's noise: training goes on as if nothing had been
+    with torch.random.fork_rng():  # beta_vae draws noise: leave training's random stream as it was
         for batch in held_out:
             loss, measures = OBJECTIVES[args.objective](model, batch, args)
             rows.append({"loss_held_out": loss.item()} | {k: x.item() for k, x in measures.items()})

@@ -4,11 +4,11 @@ What
     Where did each part of a frame come from? A small network answers with a map of displacements,
     an optical flow, learnt from nothing but frames: what it fetches from the last frame should look
     like this one. Features that are moved along the flow, and features that are predicted from the
-    action, should both equal those of the next frame. `--mode` switches the parts in one loop: rad:
-    soft actor critic on shifted frames, nothing else; aat: and the action-aware transform (SPR with
-    one step); cat: and the correspondence-aware transform, along a flow that does not train the
-    features; correspondence: and a flow that does; full: everything; full_shuffled_actions: its
-    control.
+    action, should both equal those of the next frame. `--mode` switches the parts in one loop. rad:
+    soft actor critic on shifted frames, nothing else. Each of the next adds one part to rad, aat:
+    the action-aware transform (SPR with one step); cat: the correspondence-aware transform, along a
+    flow that does not train the features; correspondence: only the flow, which trains the features.
+    full: everything; full_shuffled_actions: its control.
 
 Paper
     Choi, Lee, Song, Jeon, Sohn & Min, "Local-Guided Global: Paired Similarity Representation for
@@ -18,7 +18,7 @@ Paper
 Algorithm
     repeat until --total-steps:
         act (at random at first), store             one step of N environments
-        before the first update: update_flow        --flow-updates steps of C alone on (4)
+        before the first update: update_flow        --flow-updates steps on (4) alone
         --updates times:
             batch ← sample_transitions              stacks, shifted
             at every fourth:
@@ -33,7 +33,7 @@ Algorithm
 Equations
     (1)  V(u, δ) = ⟨z_a(u), z_b(u + δ)⟩ / (‖z_a(u)‖ ‖z_b(u + δ)‖),   |δ| ≤ 1: correlations
     (2)  c_{a→b} = C(V): p of frame a is at p + c(p) in frame b
-    (3)  L_r(c_{a→b}) = mean |I_a(p) − I_b(p + c(p))| + μ mean |∂c| exp(−κ |∂I_a|), images blurred
+    (3)  L_r(c_{a→b}) = mean |I_a(p) − I_b(p + c(p))| + μ Σ mean |∂c| exp(−κ |∂I_a|), images blurred
     (4)  L_c = L_r(c_{k→k+1}) + L_r(c_{k+1→k}) + L_r(c_{k+2→k+1}), the last two with slow features
          of the later frame
     (5)  transforms: Ẑ^tr(p) = Z_k(p + c_{k+1→k}(p)),   Ẑ^pr = G(Z_k, a_k);   Z a 1 x 1 conv. of z
@@ -53,19 +53,20 @@ Notation
     flow: displacements in rows and columns, first axis downwards. I the newest frame of a stack.
     N environments, T steps of an episode, B batch, W windows, S frames of a stack, C channels, H
     their height and width, X size of the code, Y of y, A of an action, F of what the convolutions
-    give, K objects, E episodes and M steps of the measures.
+    give, D of an input, K objects, E episodes and M steps of the measures. (14) has letters of its
+    own: x, y data, G = x xᵀ, g its row for a new x.
 
 Differs from the paper
     The paper leaves open: base algorithm, sizes, weights, rates, augmentation, M, and how C is
     made. No code of it is public.
     1. Soft actor critic on shifted frames, as in curl.py --mode rad, with one more convolution: the
-       features z lie on a grid of 16 x 16 cells of 4 pixels, and nothing moves a whole cell in a
-       step: correlations with next neighbours are enough. (With two rings, C stays at no flow.)
+       features z lie on a grid of 16 x 16 cells of 4 pixels, and nothing moves more than a cell in
+       a step: correlations with next neighbours are enough. (With two rings, C stays at no flow.)
     2. M = 1. Correlations are cosines, so that brightness does not decide. Images are blurred
        before they are compared: sharp ones give a flow that is off by a pixel no gradient.
     3. In (5) no gradient passes to the flow, which would warp to please ψ and not to match.
     4. The absolute difference in (7) is divided by how far Z̄ moves: unscaled, it is won by
-       shrinking Z. So 1 is the guess that nothing moves.
+       shrinking Z. So the guess that nothing moves has about 1.
     5. One Adam step for everything, the new losses at every fourth one.
 
 Run
@@ -84,15 +85,16 @@ Writes
     flow), `residual` (mean |I_{k+1} − what is fetched|, blurred, on the same pixels),
     `residual_zero`. Columns of curve.csv: `step` (of all environments), `seconds`,
     `steps_per_second`, `eval_return`, `train_return` (last N episodes, with noise), `alpha`, and of
-    the last batch `critic_loss`, `entropy` (of the policy, at s'), `flow_loss` (4), and for the two
-    transforms tr and pr `cosine_tr`, `cosine_pr` (−(6)), `distance_tr`, `distance_pr` (the quotient
-    in (7)); `sd_y` (mean deviation of y per dimension: 0 if it collapses).
+    the last batch `critic_loss`, `entropy` (of the policy, at s'); of the last windows `flow_loss`
+    (4), and for the two transforms tr and pr `cosine_tr`, `cosine_pr` (−(6)), `distance_tr`,
+    `distance_pr` (the quotient in (7)); `sd_y` (mean deviation of y per dimension: 0 if it
+    collapses).
 
 Result
     To be measured.
 
 Try
-    1. --mode aat, then --mode full_shuffled_actions: does G use the action? (distance_pr)
+    1. --mode full_shuffled_actions: does G use the action? (distance_pr)
     2. --mode cat: the features do not learn from the flow. Does the flow suffer, or the return?
     3. --flow-weight 0 --similarity-weight 0 --flow-updates 0 --out runs/off: is it rad again?
 """
@@ -118,10 +120,11 @@ MATCHING = ("cat", "correspondence", "full", "full_shuffled_actions")  # modes w
 LENGTH = 3  # steps of a window: k, k + 1 and k + 2
 ACTOR_EVERY = 2  # updates of the critic to one of actor and slow copies
 WINDOWS_EVERY = 4  # updates of the critic to one that has windows
-RADIUS = 1  # cells: of the correlations and of the flow; in a step nothing moves a whole one
+RADIUS = 1  # cells: of the correlations and of the flow; in a step nothing moves further
 CELL = 4  # pixels a side
 BLUR, SMOOTH, EDGE = 1.5, 0.01, 10  # deviation in pixels, μ and κ of (3)
 LOG_STD_LOW, LOG_STD_HIGH = -10, 2  # of the policy, before tanh
+WHITE = 1.6  # in pictures: frames are grey, so that arrows show
 PROBE_EPISODES = 160  # of random actions, three quarters of them to fit, the others to test
 
 
@@ -132,11 +135,11 @@ class Args:
     total_steps: int = 30_000  # environment steps, rounded down to rounds of 40 num_envs
     num_envs: int = 50  # episodes side by side
     initial_steps: int = 1_000  # of random actions, before the first update
-    flow_updates: int = 300  # gradient steps of the flow alone, before the first update
+    flow_updates: int = 300  # gradient steps on (4) alone, before the first update
     updates: int = 10  # gradient steps after each step of all environments
     batch_size: int = 64  # transitions of an update (B)
     windows: int = 16  # of three steps, of every fourth update (W)
-    flow_weight: float = 1.0  # of (4), in modes where it trains the features
+    flow_weight: float = 1.0  # of (4), after the first --flow-updates
     similarity_weight: float = 1.0  # of (7)
     learning_rate: float = 3e-3  # of Adam, falls linearly to zero
     gamma: float = 0.2  # discount factor
@@ -160,8 +163,7 @@ class Args:
         require(
             self.frame_stack < T, f"--frame-stack must be less than the {T} steps of an episode"
         )
-        first = max(self.initial_steps, LENGTH * self.num_envs)
-        least = self.num_envs * T * math.ceil(first / (self.num_envs * T))
+        least = self.num_envs * T * math.ceil(self.initial_steps / (self.num_envs * T))
         rounds = f"in rounds of {self.num_envs * T}"
         require(self.total_steps >= least, f"--total-steps must be at least {least}, {rounds}")
 
@@ -195,7 +197,7 @@ def pooling_convolution():
 
 
 def code_head(size_in, z_dim):
-    """A linear map, normalised and squashed: (B, F) -> (B, Z) in [-1, 1]."""
+    """A linear map, normalised and squashed: (B, F) -> (B, X) in [-1, 1]."""
     linear = orthogonal_(nn.Linear(size_in, z_dim))
     return nn.Sequential(linear, nn.LayerNorm(z_dim), nn.Tanh())
 
@@ -208,7 +210,7 @@ class SquashedActor(nn.Module):
         self.mlp = mlp(size_in, hidden, 2 * action_dim)
         nn.init.orthogonal_(self.mlp[-1].weight, 0.01)  # start with actions around zero
 
-    def forward(self, z):  # (B, Z) -> mean (B, A), log_std (B, A)
+    def forward(self, z):  # (B, X) -> mean (B, A), log_std (B, A)
         mean, x = self.mlp(z).chunk(2, dim=-1)
         return mean, LOG_STD_LOW + (LOG_STD_HIGH - LOG_STD_LOW) / 2 * (x.tanh() + 1)
 
@@ -370,7 +372,7 @@ def blur(images):
 
 
 def matching_loss(image_a, image_b, flow):
-    """mean |I_a(p) − I_b(p + c(p))| + μ mean |∂c| exp(−κ |∂I_a|), eq. (3).
+    """mean |I_a(p) − I_b(p + c(p))| + μ Σ mean |∂c| exp(−κ |∂I_a|), eq. (3), over both axes.
 
     Blurred images (W, 1, 64, 64), flow (W, 2, 64, 64) in pixels -> scalar."""
     assert image_a.shape == image_b.shape
@@ -402,13 +404,13 @@ def td_target(reward, terminated, next_value, gamma):
 
 
 def critic_loss(q, target):
-    """Σᵢ E[(Qᵢ(s,a) − y)²], eq. (10). q (2, B), target (B,) -> scalar."""
+    """Σᵢ E[(Qᵢ(x,a) − y)²], eq. (10). q (2, B), target (B,) -> scalar."""
     assert q.shape == (2, *target.shape)
     return (q - target).square().mean(-1).sum()
 
 
 def soft_actor_loss(q, log_prob, alpha):
-    """E[α log π(a|s) − Q(s,a)], eq. (11), for a ~ π(·|s), reparametrised. Both (B,) -> scalar."""
+    """E[α log π(a|s) − min Q(x,a)], eq. (11), a ~ π(·|s), reparametrised. Both (B,) -> scalar."""
     assert q.shape == log_prob.shape
     return (alpha * log_prob - q).mean()
 
@@ -439,7 +441,7 @@ def sample_squashed(mean, log_std):
 
 
 def polyak_(slow, fast, tau):
-    """φ̄ ← φ̄ + τ (φ − φ̄), eq. (8), in place: the slow copy follows."""
+    """f̄ ← f̄ + τ (f − f̄), eq. (8), in place: the slow copy follows."""
     with torch.no_grad():
         for target, source in zip(slow.parameters(), fast.parameters()):
             target.lerp_(source, tau)
@@ -659,7 +661,7 @@ def estimated_flow(agent, stacks, next_stacks):
 
 
 def true_flow(states, next_states, shapes):
-    """By how many pixels what is drawn at p was moved: c_{k+1→k} (E, 2, 64, 64), and where it is
+    """Where what is drawn at p was in frame k, from p: c_{k+1→k} (E, 2, 64, 64), and where it is
     known (E, 64, 64): on the pixels of exactly one object. states (E, K, 4), shapes (E, K)."""
     here, then = (np.floor(63 * s[..., :2]) for s in (next_states, states))
     flow, count = np.zeros((len(here), 2, 64, 64)), np.zeros((len(here), 64, 64), int)
@@ -811,7 +813,8 @@ def examine(run, agent, random_features, args):
         measures[f"probe_r2{name}"] = probe(codes, states[:, 1::4])
     if args.mode in MATCHING:
         measures |= flow_errors(agent, stacks, states, shapes)
-        some = slice(6), slice(middle := stacks.shape[1] // 2 - 1, middle + 2)
+        middle = stacks.shape[1] // 2 - 1
+        some = slice(6), slice(middle, middle + 2)
         run.save("flow.png", draw_flows(agent, stacks[some], states[some], shapes[:6]))
     return measures
 
@@ -833,7 +836,7 @@ def draw_motion(axis, frame, flow, known):
     an object. frame (64, 64), flow (2, 64, 64) in pixels, known (64, 64)."""
     rows, columns = np.nonzero(known[CELL // 2 :: CELL, CELL // 2 :: CELL])
     y, x = rows * CELL + CELL // 2, columns * CELL + CELL // 2
-    axis.imshow(frame, cmap="gray", vmin=0, vmax=1.6)
+    axis.imshow(frame, cmap="gray", vmin=0, vmax=WHITE)
     options = {"angles": "xy", "scale_units": "xy", "scale": 1 / 3, "width": 0.015}
     axis.quiver(x, y, -flow[1, y, x], -flow[0, y, x], color="orange", **options)
 
@@ -859,8 +862,8 @@ def draw_flows(agent, stacks, states, shapes):
     for i, column in enumerate(axes.T):
         of = slice(i, i + 1)
         before, after, fetched = draw_pair(column[1:3], agent, stacks[of], states[of], shapes[of])
-        column[0].imshow(before, cmap="gray", vmin=0, vmax=1.6)
-        column[3].imshow(fetched, cmap="gray", vmin=0, vmax=1.6)
+        column[0].imshow(before, cmap="gray", vmin=0, vmax=WHITE)
+        column[3].imshow(fetched, cmap="gray", vmin=0, vmax=WHITE)
         smooth = blur(torch.from_numpy(after)[None, None])[0, 0].numpy()
         column[4].imshow(smooth - fetched, cmap="RdBu", vmin=-1, vmax=1)
     labels = ["frame k", "k + 1: true\nmotion, x 3", "motion\nfound, x 3", "fetched\nfrom k"]

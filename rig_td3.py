@@ -224,8 +224,8 @@ class GoalActor(nn.Module):
         self.mlp = mlp(size_in, hidden, action_dim)
         nn.init.orthogonal_(self.mlp[-1].weight, 0.01)  # start with actions around zero
 
-    def forward(self, obs):  # (B, 2 Z), z and z_g side by side -> (B, A)
-        return self.mlp(obs).tanh()
+    def forward(self, codes):  # (B, 2 Z), z and z_g side by side -> (B, A)
+        return self.mlp(codes).tanh()
 
 
 class TwinCritic(nn.Module):
@@ -296,9 +296,9 @@ class TruePositions:
 class GoalAgent:
     """TD3 on z and z_g side by side: actor, critic, their slow copies, and their optimisers."""
 
-    def __init__(self, z_dim, action_dim, args, device):
-        self.actor = GoalActor(2 * z_dim, HIDDEN, action_dim).to(device)
-        self.critic = TwinCritic(2 * z_dim, HIDDEN, action_dim).to(device)
+    def __init__(self, code_dim, action_dim, args, device):
+        self.actor = GoalActor(2 * code_dim, HIDDEN, action_dim).to(device)
+        self.critic = TwinCritic(2 * code_dim, HIDDEN, action_dim).to(device)
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
         networks = self.actor, self.critic

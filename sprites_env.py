@@ -552,16 +552,18 @@ def draw_curve(rows, panels, x_label, levels=(), offline=0):
 
     figure = Figure(figsize=(5 * max(1.2, len(panels)), 3.8), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    axes[0].axvspan(0, offline, color="grey", alpha=0.15, lw=0)
+    if offline:
+        axes[0].axvspan(0, offline, color="grey", alpha=0.15, lw=0)
     for name, y in levels:
         axes[0].axhline(y, color="grey", lw=0.8, ls="--", zorder=0)
-        axes[0].annotate(name, (0, y), xycoords=("axes fraction", "data"), color="grey", size=8)
+        text = {"color": "grey", "size": 8, "va": "bottom"}
+        axes[0].annotate(name, (0, y), xycoords=("axes fraction", "data"), **text)
     for axis, (y_label, names) in zip(axes, panels):
         for name in names:
             values = [row[name] for row in rows]
             axis.plot([row["step"] for row in rows], values, label=name.replace("_", " "))
         axis.set(xlabel=x_label, ylabel=y_label, yscale="log" if "error" in y_label else "linear")
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, framealpha=0.6)
     return figure
 
 

@@ -47,6 +47,9 @@ ALGORITHMS = kinds("algorithm", "awac r-, sac_from_buffer b-, sac s-., filtered_
 MODES = kinds(
     "mode", "state k-, pixel s-., rad b-, curl r-, curl_unaugmented_sac o--, contrastive_only p:"
 )
+PARTS = kinds(
+    "mode", "rad k-, aat g-., cat o--, correspondence b-, full r-, full_shuffled_actions p:"
+)
 MIXED = "0.2 0.4 0.4"  # shares of rig_td3.py's goals: as practised, from the prior, from the future
 GOALS = {
     "true positions": ("k-", {"goals": "oracle", "goal_fractions": MIXED}),
@@ -405,14 +408,14 @@ def awac_table(curves, finals):
     return table(f"{titles} | final return | minutes", lines, below)
 
 
-def curl_figure(curves, finals):
+def draw_modes(curves, finals, styles, bars):
     """Above: return against steps, per mode. Below: what a linear probe reads off each code."""
     numbers = sorted(set(values_of(finals, "distractors")))
     figure, (above, below) = panels(1 + 5.5 * len(numbers), 7.5, 2, len(numbers), 80, squeeze=False)
-    for axis, bars, d in zip(above, below, numbers):
-        draw_returns(axis, where(curves, distractors=d), MODES, 0.01, "_", va="baseline")
+    for axis, probes, d in zip(above, below, numbers):
+        draw_returns(axis, where(curves, distractors=d), styles, 0.01, "_", va="baseline")
         axis.set(xlabel=THOUSANDS, ylim=(26.5, 39.4), title=f"{d:.0f} distractors")
-        draw_probes(bars, where(finals, distractors=d))
+        draw_probes(probes, where(finals, distractors=d), bars)
     above[0].set_ylabel("return of a 40-step episode")
     above[0].legend(fontsize=8, loc="lower right")
     below[0].set_ylabel("held-out R² of a ridge probe")
@@ -420,13 +423,47 @@ def curl_figure(curves, finals):
     return figure
 
 
-def draw_probes(axis, finals):
-    """R² of a probe of each code, of an untrained encoder's and of pixels: bars, seeds as dots."""
-    things = ["agent", "target", "relative_position", "target_velocity"]
-    things += ["distractors"] if finals[0]["distractors"] else []
+def curl_figure(curves, finals):
+    """Codes of the modes that see pixels, of an untrained encoder, and the pixels themselves."""
     bars = [(mode, mode, "", COLOURS[style[0]]) for mode, (style, _) in MODES.items()][1:]
     bars += [("random encoder", "curl", "random_encoder_", "#BBBBBB")]
     bars += [("raw pixels", "curl", "pixels_", "#777777")]
+    return draw_modes(curves, finals, MODES, bars)
+
+
+def psrl_figure(curves, finals):
+    """Features of the modes, and untrained ones."""
+    bars = [(mode, mode, "features_", COLOURS[style[0]]) for mode, (style, _) in PARTS.items()]
+    bars += [("random features", "rad", "random_features_", "#BBBBBB")]
+    return draw_modes(curves, finals, PARTS, bars)
+
+
+def psrl_table(curves, finals):
+    """Of each mode: returns, what is in the features, the flow, and what the action tells."""
+    lines = []
+    for mode, _, rows in split(finals, PARTS):
+        runs = [where(rows, distractors=d) for d in (0, 2)]
+        last = where(curves, mode=mode, step=max(values_of(curves, "step")))
+        cells = [mean(r, RETURN, 2) for r in runs]
+        cells += [mean(r, "probe_r2_features_target_velocity", 2) for r in runs]
+        cells += [mean(r, "flow_error", 2, empty="") for r in runs]
+        cells += [mean(where(last, distractors=d), "distance_pr", 2, empty="") for d in (0, 2)]
+        lines.append([f"`{mode}`", *cells, minutes(rows)])
+    zero = [values_of(where(finals, distractors=d), "flow_error_zero") for d in (0, 2)]
+    zero = " and ".join(f"{np.nanmean(values):.2f}" for values in zero)
+    below = f"Mean and 95 % bootstrap interval, seeds {seeds(finals)}; without a flow its error"
+    below += f" would be {zero} pixels."
+    titles = (
+        "mode | return, 0 distractors | 2 | R² of the target's velocity, from features z, 0 | 2"
+    )
+    titles += " | error of the flow in pixels, 0 | 2 | distance of Ẑ^pr, 0 | 2 | minutes"
+    return table(titles, lines, below)
+
+
+def draw_probes(axis, finals, bars):
+    """R² of probes, bars (label, mode, code, colour), and its seeds as dots."""
+    things = ["agent", "target", "relative_position", "target_velocity"]
+    things += ["distractors"] if finals[0]["distractors"] else []
     for i, (label, mode, code, colour) in enumerate(bars):
         if rows := where(finals, mode=mode):
             values = np.array([values_of(rows, f"probe_r2_{code}{thing}") for thing in things])
@@ -779,6 +816,7 @@ STUDIES = {  # what is made of its results: figures by file, tables by name
     "awac": {"awac.png": awac_figure, "awac": awac_table},
     "awac_narrow": {"awac, narrow data": awac_table},
     "curl": {"curl.png": curl_figure, "contrastive learning": curl_table},
+    "psrl": {"psrl.png": psrl_figure, "paired similarity": psrl_table},
     "rig": {"rig.png": rig_figure, "imagined goals": rig_table},
     "skill": {
         "skill.png": skill_figure,
@@ -807,6 +845,8 @@ PICTURES = {  # what runs have drawn: file in the results, and in runs/study/
     "cc_rig_imagined_without.png": "cc_rig/none_all_s1/imagined_goals.png",
     "cc_rig_exchanged.png": "cc_rig/frame_all_s1/exchanged.png",
     "cc_rig_rollout.gif": "cc_rig/frame_all_s1/rollout.gif",
+    "psrl_flow.png": "psrl/full_d2_s1/flow.png",
+    "psrl_flow.gif": "psrl/full_d2_s1/flow.gif",
     "grasp2vec_heatmaps.png": "grasp2vec/grasp2vec_False_2_l0.0005_s1/heatmaps.png",
     "grasp2vec_neighbours.png": "grasp2vec/grasp2vec_False_2_l0.0005_s1/neighbours.png",
     "skill_transfer.gif": "skill/transfer_gaussian_0.2_s1/rollout.gif",

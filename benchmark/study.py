@@ -5,6 +5,7 @@
     python benchmark/study.py --study awac                 offline data, then online
     python benchmark/study.py --study rig                  imagined goals
     python benchmark/study.py --study curl                 contrastive loss or augmentation?
+    python benchmark/study.py --study psrl                 what do features learn from a flow?
     python benchmark/study.py --study skill                skills: four experiments, reuse
     python benchmark/study.py --study grasp2vec            objects by subtraction
     python benchmark/study.py --study pretext              what each pretext task keeps, and earns

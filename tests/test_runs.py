@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import tyro
@@ -26,6 +27,8 @@ TINY = {  # the smallest runs that report at least twice
     "curl": {"mode": "state", "total_steps": 160, "num_envs": 2, "initial_steps": 20, "updates": 1},
     "rig_td3": {"goals": "oracle", "images": 100, "total_steps": 80, "num_envs": 1},
     "skill_embedding": {"total_steps": 640, "num_envs": 4, "updates": 1, "batch_size": 3},
+    "psrl": {"total_steps": 160, "num_envs": 2, "initial_steps": 146, "updates": 1, "hidden": 8}
+    | {"flow_updates": 1, "batch_size": 4, "windows": 3},
     "grasp2vec": {"updates": 2, "batch_size": 3},
     "pretext": {"updates": 2, "batch_size": 2, "distractors": 0},
     "cc_rig": {"scenes": 40, "vae_updates": 2, "total_steps": 80, "num_envs": 1, "batch_size": 8}
@@ -40,6 +43,8 @@ each_script = pytest.mark.parametrize("script", SCRIPTS)
 def quick_measures(monkeypatch):
     """Few objects, frames and scenes to measure with, and pictures that are drawn in no time."""
     quick = {
+        "psrl": {"PROBE_EPISODES": 8, "draw_flows": lambda *_: Figure()}
+        | {"draw_flow_film": lambda *_: [(np.zeros((9, 9, 3), np.uint8),)]},
         "grasp2vec": {"TESTS": 2, "draw_heatmaps": lambda *_: Figure()}
         | {"draw_retrieved": lambda *_: Figure()},
         "pretext": {"PROBES": 40, "FITTED": 30},
@@ -282,6 +287,8 @@ TOO_LARGE = [
     ("awac", {"batch_size": 2**31 - 1}),
     ("awac", {"episodes": 2**31 - 1}),
     ("curl", {"batch_size": 2**31 - 1}),
+    ("psrl", {"batch_size": 2**31 - 1}),
+    ("psrl", {"windows": 2**31 - 1}),
     ("rig_td3", {"batch_size": 2**31 - 1}),
     ("skill_embedding", {"batch_size": 2**31 - 1}),
     ("pretext", {"batch_size": 2**31 - 1}),
@@ -377,6 +384,10 @@ CHANGES = {  # another value for each flag that must change what is learnt
     "curl": {"distractors": 1, "total_steps": 240, "num_envs": 1, "initial_steps": 40, "updates": 2}
     | {"batch_size": 8, "learning_rate": 1e-4, "gamma": 0.5, "tau": 0.5, "alpha": 0.1}
     | {"hidden": 16, "seed": 2},
+    "psrl": {"mode": "cat", "distractors": 1, "total_steps": 240, "num_envs": 1, "windows": 4}
+    | {"initial_steps": 120, "flow_updates": 2, "updates": 2, "batch_size": 8, "hidden": 16}
+    | {"flow_weight": 0.1, "similarity_weight": 0.1, "learning_rate": 1e-4, "gamma": 0.5}
+    | {"tau": 0.5, "alpha": 0.1, "frame_stack": 2, "pad": 2, "z_dim": 12, "seed": 2},
     "rig_td3": {"task": "push", "goal_fractions": (1.0, 0.0, 0.0), "distractors": 1, "noise": 0.5}
     | {"total_steps": 120, "num_envs": 2, "batch_size": 8, "learning_rate": 1e-4, "gamma": 0.5}
     | {"tau": 0.5, "seed": 2, "images": 200},

@@ -31,6 +31,8 @@ SHORT = {  # a short run of each script
     "rig_td3": {"images": 300, "vae_updates": 4, "total_steps": 240, "num_envs": 2}
     | {"finetune_every": 4, "finetune_updates": 2, "eval_episodes": 3, "batch_size": 4},
     "skill_embedding": {"total_steps": 640, "num_envs": 4, "updates": 2, "eval_episodes": 8},
+    "psrl": {"total_steps": 160, "num_envs": 2, "initial_steps": 100, "updates": 1}
+    | {"flow_updates": 1, "batch_size": 4, "windows": 3, "eval_episodes": 3},
     "grasp2vec": {"updates": 2, "batch_size": 3},
     "pretext": {"updates": 2, "batch_size": 2},
     "cc_rig": {"scenes": 40, "vae_updates": 2, "total_steps": 120, "num_envs": 1}
