@@ -69,7 +69,7 @@ GRASPS = {  # how the towers of grasp2vec.py are trained
     "subtraction": ("r-", GRASP2VEC | {"same_place": "False", "jitter": 2, "lam": 5e-4}),
     "outcome in the same place": ("b--", GRASP2VEC | {"same_place": "True"}),
     "no jitter": ("g-.", GRASP2VEC | {"jitter": 0}),
-    "λ = 0": ("o--", GRASP2VEC | {"lam": 0}),
+    "λ = 0": ("o:", GRASP2VEC | {"lam": 0}),
     "reconstruction": ("p:", {"objective": "reconstruction"}),
 }
 GRASP_SHARES = [f"{a}_{b}" for a in ("retrieval", "localisation") for b in ("seen", "novel")]
@@ -603,7 +603,8 @@ def grasp_figure(curves, finals):
         for control in ("chance", "pixels", "untrained"):
             level = values_of(finals, f"{control}_{what}").mean()
             name, x = ("raw pixels", 0.6) if control == "pixels" else (control, 0.99)
-            draw_level(axis, level, name, x, {"lw": 0.7, "ls": ":", "zorder": 0})
+            va = "bottom" if control == "chance" else "top"
+            draw_level(axis, level, name, x, {"lw": 0.7, "ls": ":", "zorder": 0}, va=va)
         for label, style, rows in split(curves, GRASPS):
             draw_curve(axis, rows, what, label, style)
         title = "{}, {} objects".format(*what.split("_"))
@@ -639,15 +640,16 @@ def context_figure(curves, finals):
     for label, style, rows in split(where(curves, appearances="all"), CONTEXTS):
         draw_curve(axes[0], rows, "unseen_agent_distance", label, style)
     axes[0].set(xlabel=THOUSANDS, ylim=(0, 0.45))
-    axes[0].set_title("ever new scenes, tested in unseen", fontsize=10)
+    axes[0].set_title("ever new scenes in training, unseen ones in the test", fontsize=9)
     shown = {"final_agent_distance": "scenes as in training"}
     shown |= {"unseen_agent_distance": "unseen scenes"}
     shown |= {"unseen_imagined_scene_error": "goals imagined in unseen scenes"}
     for axis, (name, title) in zip(axes[1:], shown.items()):
         for label, style, rows in split(finals, CONTEXTS):
             groups = [values_of(where(rows, appearances=a), name) for a in (1, 4, "all")]
-            x = [i for i, group in enumerate(groups) if len(group)]
-            draw_means(axis, x, [groups[i] for i in x], style, marker="o", label=label)
+            here = [i for i, group in enumerate(groups) if len(group)]
+            x = np.array(here) + (0.05 if label == "CC-RIG" else -0.05)  # side by side
+            draw_means(axis, x, [groups[i] for i in here], style, marker="o", label=label)
         axis.set_xticks(range(3), ["1", "4", "ever new"])
         axis.set(xlabel="scenes in training", ylim=(0, 0.45 if "distance" in name else 0.8))
         axis.set_title(title, fontsize=10)
@@ -700,7 +702,7 @@ def pretext_figure(curves, finals):
         r2 = [[values_of(rows, f"{p}r2_{t}").mean() for t in things] for _, _, rows, p in lines]
         axis.imshow(r2, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         for (i, j), value in np.ndenumerate(r2):
-            shade = "white" if value > 0.6 else "black"
+            shade, value = "white" if value > 0.6 else "black", round(value, 2) + 0  # not -0.00
             axis.text(j, i, f"{value:.2f}", ha="center", va="center", color=shade, size=9)
         axis.set_xticks(range(len(things)), [thing.replace("_", "\n") for thing in things])
         axis.set_yticks(range(len(lines)), [label for label, *_ in lines])
