@@ -580,11 +580,10 @@ def learn_online(agent, replay, episodes, rng, report, args):
 def train(args):
     """One run, offline then online; returns the content of summary.json."""
     env = make_env(args, args.num_envs)
-    rounds = args.total_steps // (args.num_envs * env.horizon)
-    online = 0 if args.algorithm in CLONING else rounds * args.num_envs * env.horizon
-    least = (
-        f"--total-steps must be 0 or at least {args.num_envs * env.horizon}, a round of episodes"
-    )
+    steps = args.num_envs * sprites_env.steps_of_episodes(env)  # of a round of episodes
+    rounds = args.total_steps // steps
+    online = 0 if args.algorithm in CLONING else rounds * steps
+    least = f"--total-steps must be 0 or at least {steps}, a round of episodes"
     require(rounds or not args.total_steps, least)
     if args.dataset:
         data = load_dataset(args.dataset, env.single_observation_space, env.single_action_space)
@@ -625,7 +624,7 @@ def train(args):
     run.save("rollout.gif", sprites_env.film(agent.act, env))
     returns = sprites_env.evaluate(agent.act, make_env(args, args.eval_episodes))
     summary = sprites_env.summary(returns) | phase_scores(run.rows, args)
-    panels = [("return of a 40-step episode", ("train_return", "eval_return"))]
+    panels = [(f"return of a {env.horizon}-step episode", ("train_return", "eval_return"))]
     levels = sprites_env.REFERENCE_RETURNS["follow"].items()
     x_label = "updates (online: as many environment steps)"
     summary["updates"] = run.total

@@ -138,7 +138,7 @@ class Args:
         require_positive(self, but="gamma pad")
         below = self.gamma < 1 and self.tau <= 1 and self.encoder_tau <= 1
         require(below, "--gamma must be below 1, --tau and --encoder-tau not above")
-        T = make_env(self, 1).horizon
+        T = sprites_env.steps_of_episodes(make_env(self, 1))
         least = self.num_envs * T * max(1, math.ceil(self.first_update / T))
         rounds = f"in rounds of {self.num_envs * T}"
         require(self.total_steps >= least, f"--total-steps must be at least {least}, {rounds}")
@@ -169,9 +169,9 @@ class Args:
 # --- Networks --------------------------------------------------------------------------------
 
 
-def patch_convolutions(frames):
+def patch_convolutions(channels):
     """Patches of 4 x 4 pixels, then 3 x 3 of them at every second: (B, S, 64, 64) -> (B, 2048)."""
-    layers = [nn.Conv2d(frames, 16, 4, stride=4), nn.ReLU()]  # (B, 16, 16, 16)
+    layers = [nn.Conv2d(channels, 16, 4, stride=4), nn.ReLU()]  # (B, 16, 16, 16)
     layers += [nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU()]  # (B, 32, 8, 8)
     return orthogonal_(nn.Sequential(*layers, nn.Flatten())).to(memory_format=torch.channels_last)
 
@@ -229,8 +229,12 @@ class CURLAgent:
     def __init__(self, space, action_dim, args, device):
         self.space, self.device, pixels = space, device, args.mode != "state"
         z_dim = args.z_dim if pixels else space.shape[0]
-        head = (lambda: code_head(2048, z_dim)) if pixels else nn.Identity
-        self.convolutions = patch_convolutions(args.frames) if pixels else nn.Identity()
+        self.convolutions, head = nn.Identity(), nn.Identity
+        if pixels:
+            stack = args.frames * space.shape[0], *space.shape[1:]  # channels, height, width
+            self.convolutions = patch_convolutions(stack[0])
+            size = self.convolutions(torch.zeros(1, *stack)).shape[1]  # F, for 64 x 64 pixels 2048
+            head = lambda: code_head(size, z_dim)  # noqa: E731
         self.head = head()
         self.encoder = nn.Sequential(self.convolutions, self.head).to(device)
         self.critic = TwinCritic(z_dim, args.hidden, action_dim).to(device)
@@ -245,10 +249,12 @@ class CURLAgent:
         self.optimizer = torch.optim.Adam(learnt, lr=args.learning_rate, fused=True)
         self.actor_optimizer = torch.optim.Adam(acting, lr=args.learning_rate, fused=True)
 
-    def see(self, obs):  # uint8 stacks to [0, 1], states to [-1, 1]
+    def see(self, obs):  # uint8 stacks to [0, 1], states to [-1, 1] if they have bounds
         if len(self.space.shape) == 3:
             return to_tensor(obs, self.device)
         low, high = (to_tensor(x, self.device) for x in (self.space.low, self.space.high))
+        bounded = high - low < 1e6  # what has no bounds is taken as it is
+        low, high = low.where(bounded, -1.0), high.where(bounded, 1.0)
         return 2 * (to_tensor(obs, self.device) - low) / (high - low) - 1
 
     @torch.no_grad()
@@ -416,9 +422,12 @@ class FrameReplay:
         self.size = new.stop
 
     def measure_rewards(self):
-        """Mean and deviation of what is there now, to standardise with from now on."""
+        """Mean and deviation of what is there now, to standardise with from now on. No mean where
+        episodes terminate: without it a longer life would be worth more, or less. The deviation is
+        at least a tenth of the largest reward, for there may have been but one."""
         rewards = self.rewards[: self.size]
-        self.reward_mean, self.reward_sd = np.mean(rewards), np.std(rewards)
+        self.reward_mean = 0.0 if self.terminated.any() else np.mean(rewards)
+        self.reward_sd = max(np.std(rewards), np.abs(rewards).max() / 10) or 1.0
 
     def sample(self, rng, batch):
         """B transitions: stacks, actions, rewards, next stacks, terminated."""
@@ -560,6 +569,7 @@ def train(args):
     total_updates = (rounds * T - args.first_update + 1) * args.updates
     reports = {max(args.first_update, math.ceil(rounds * T * i / 20)) for i in range(1, 21)}
 
+    held_out = make_env(args, args.eval_episodes)
     episodes = sprites_env.Episodes(env, args.seed * 100_000)
     for step in range(1, rounds * T + 1):
         # act
@@ -570,7 +580,7 @@ def train(args):
             action = rng.uniform(-1, 1, action.shape)
         successors, reward, terminated, truncated = episodes.step(action)
         ended = terminated | truncated
-        assert (ended == (step % T == 0)).all(), "all episodes must have T steps"
+        require((ended == (step % T == 0)).all(), f"all episodes must have {T} steps")
 
         # store
         replay.add(obs, action, reward, successors, terminated)
@@ -596,7 +606,7 @@ def train(args):
         # report
         if step in reports:
             policy = remembering(agent.act, args.frames)
-            returns = sprites_env.evaluate(policy, make_env(args, args.eval_episodes))
+            returns = sprites_env.evaluate(policy, held_out)
             if args.mode in CONTRASTIVE:
                 metrics["contrastive_accuracy"] = torch.stack(recent).mean()
             recent.clear()
@@ -610,7 +620,7 @@ def train(args):
     env, policy = make_env(args, 4, render_mode="rgb_array"), remembering(agent.act, args.frames)
     run.save("rollout.gif", sprites_env.film(policy, env))
     summary = sprites_env.summary(returns) | {"updates": updates}
-    panels = [("return of a 40-step episode", ("train_return", "eval_return"))]
+    panels = [(f"return of a {T}-step episode", ("train_return", "eval_return"))]
     if args.mode in CONTRASTIVE:
         panels += [(f"keys found (1/B: {1 / args.batch_size:.3f})", ("contrastive_accuracy",))]
         summary["contrastive_accuracy"] = metrics["contrastive_accuracy"]

@@ -475,7 +475,7 @@ def train(args):
     env = make_env(args, 4, render_mode="rgb_array")
     run.save("rollout.gif", sprites_env.film(model.policy, env))
     summary = sprites_env.summary(eval_returns, args.task) | {"steps": run.total}
-    panels = [("return of a 40-step episode", ("train_return", "eval_return"))]
+    panels = [("return of an episode", ("train_return", "eval_return"))]
     levels = sprites_env.REFERENCE_RETURNS[args.task].items()
     return run.finish(summary, panels, "environment steps", levels)
 

@@ -159,7 +159,7 @@ class Args:
     def __post_init__(self):
         require_positive(self, but="gamma pad flow_updates flow_weight similarity_weight")
         require(self.gamma < 1 and self.tau <= 1, "--gamma must be below 1, --tau not above")
-        T = make_env(self, 1).horizon
+        T = sprites_env.steps_of_episodes(make_env(self, 1))
         require(
             self.frame_stack < T, f"--frame-stack must be less than the {T} steps of an episode"
         )
@@ -570,9 +570,12 @@ class FrameReplay:
         self.size = new.stop
 
     def measure_rewards(self):
-        """Mean and deviation of what is there now, to standardise with from now on."""
+        """Mean and deviation of what is there now, to standardise with from now on. No mean where
+        episodes terminate: without it a longer life would be worth more, or less. The deviation is
+        at least a tenth of the largest reward, for there may have been but one."""
         rewards = self.rewards[: self.size]
-        self.reward_mean, self.reward_sd = np.mean(rewards), np.std(rewards)
+        self.reward_mean = 0.0 if self.terminated.any() else np.mean(rewards)
+        self.reward_sd = max(np.std(rewards), np.abs(rewards).max() / 10) or 1.0
 
     def sample(self, rng, batch):
         """B transitions: stacks, actions, rewards, next stacks, terminated."""
@@ -733,6 +736,7 @@ def train(args):
     env = make_env(args, args.num_envs)
     N, T, space = args.num_envs, env.horizon, env.single_observation_space
     rounds, action_dim = args.total_steps // (N * T), env.single_action_space.shape[0]
+    require(space.shape == (1, 64, 64), f"frames must be grey and 64 x 64, not {space.shape}")
     run = Run(args, total=rounds * N * T)
     agent = PSRLAgent(space, action_dim, args, run.device)
     random_features = copy.deepcopy(agent.fast.z)  # the probe's control
@@ -742,6 +746,7 @@ def train(args):
     total_updates = (rounds * T - args.first_update + 1) * args.updates
     reports = {max(args.first_update, math.ceil(rounds * T * i / 20)) for i in range(1, 21)}
 
+    held_out = make_env(args, args.eval_episodes)
     episodes = sprites_env.Episodes(env, args.seed * 100_000)
     for step in range(1, rounds * T + 1):
         # act
@@ -752,7 +757,7 @@ def train(args):
             action = rng.uniform(-1, 1, action.shape)
         successors, reward, terminated, truncated = episodes.step(action)
         ended = terminated | truncated
-        assert (ended == (step % T == 0)).all(), "all episodes must have T steps"
+        require((ended == (step % T == 0)).all(), f"all episodes must have {T} steps")
 
         # store
         replay.add(obs, action, reward, successors, terminated)
@@ -782,7 +787,7 @@ def train(args):
         # report
         if step in reports:
             policy = remembering(agent.act, args.frame_stack)
-            returns = sprites_env.evaluate(policy, make_env(args, args.eval_episodes))
+            returns = sprites_env.evaluate(policy, held_out)
             losses = {name: value.item() for name, value in metrics.items()}
             losses["alpha"] = agent.log_alpha.exp().item()
             last = np.mean(episodes.finished[-N:] or float("nan"))
@@ -793,7 +798,7 @@ def train(args):
     summary = sprites_env.summary(returns) | {"updates": updates}
     film_policy(run, agent, args)
     summary |= examine(run, agent, random_features, args)
-    panels = [("return of a 40-step episode", ("train_return", "eval_return"))]
+    panels = [(f"return of a {T}-step episode", ("train_return", "eval_return"))]
     made = [name for name in ("distance_tr", "distance_pr") if name in losses]
     if made:
         panels.append(("distance from the next Z (1: no move)", made))

@@ -530,9 +530,14 @@ def evaluate(policy, env, frames=None):
 
 
 def film(policy, env):
-    """What `env.render()` shows of these episodes, for `save_gif`."""
+    """What `env.render()` shows of these episodes, for `save_gif`. A renderer may fail where
+    nothing else does: then there is no film, and the results are kept."""
     frames = []
-    evaluate(policy, env, frames)
+    try:
+        evaluate(policy, env, frames)
+    except Exception as error:
+        print(f"no film: {error!r}")
+        return []
     return frames
 
 
@@ -604,6 +609,16 @@ def require_positive(args, but=""):
                 require(good, f"--{flag} must be {least} and below 2**31, not {x}")
     # held-out data has seeds from 10**9 on
     require(args.seed < 10_000, f"--seed must be in 0 ... 9999, not {args.seed}")
+
+
+def steps_of_episodes(env):
+    """T, for scripts whose replay holds whole episodes. Ends with one line unless the environment
+    says how long they are, and takes actions in [-1, 1]."""
+    space, steps = env.single_action_space, getattr(env, "horizon", None)
+    require(steps, "give the environment an attribute `horizon`: the steps of each of its episodes")
+    unit = isinstance(space, gym.spaces.Box) and (space.low == -1).all() and (space.high == 1).all()
+    require(unit, f"actions must be in [-1, 1], see gymnasium's RescaleAction; here: {space}")
+    return steps
 
 
 @contextlib.contextmanager
@@ -689,8 +704,10 @@ class Run:
                 raise OSError(f"cannot write {file}: is the disk full?") from None
         elif file.suffix == ".png":
             content.savefig(file)
-        else:
+        elif content:
             save_gif(file, content)
+        else:
+            return  # no film
         file.replace(self.folder / name)
 
     def report(self, step, **metrics):

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -459,6 +460,36 @@ def test_replay_rebuilds_stacks_within_episodes():
         assert np.array_equal(successors[:, 8 * i], start + np.maximum(t - 1 + i, 0))
 
 
+@pytest.mark.parametrize(
+    ("rewards", "terminated", "mean", "sd"),
+    [
+        ([1, 2, 3, 6], False, 3, 3.5**0.5),
+        ([1, 2, 3, 6], True, 0, 3.5**0.5),  # a mean would be worth something to those who live
+        ([0, 0, 0, 0], False, 0, 1),
+        ([0.0] * 399 + [1.0], False, 1 / 400, 0.1),  # the deviation is 0.05
+    ],
+)
+def test_scale_of_rewards(rewards, terminated, mean, sd):
+    space = SpritesVectorEnv(1, 0, "state").single_observation_space
+    replay = curl.FrameReplay(1, 1, len(rewards) + 1, space, 2, frames=1)
+    for i, reward in enumerate(rewards):
+        over = np.array([terminated and i == 1])
+        replay.add(np.zeros((1, 8)), np.zeros((1, 2)), np.array([reward]), np.zeros((1, 8)), over)
+    replay.measure_rewards()
+    assert (replay.reward_mean, replay.reward_sd) == pytest.approx((mean, sd))
+
+
+def test_states_without_bounds_and_images_of_other_sizes():
+    low, high = np.float32([-2, -np.inf, 0, -3e38]), np.float32([2, np.inf, np.inf, 3e38])
+    args = curl.Args(**TINY, mode="state")
+    agent = curl.CURLAgent(gym.spaces.Box(low, high), 2, args, torch.device("cpu"))
+    seen = agent.see(np.array([[1.0, 7.0, -5.0, 9.0]]))  # float64, as MuJoCo has it
+    assert seen.tolist() == [[0.5, 7, -5, 9]] and seen.dtype == torch.float32
+    space = gym.spaces.Box(0, 255, (3, 84, 60), np.uint8)
+    agent = curl.CURLAgent(space, 4, curl.Args(**TINY), torch.device("cpu"))
+    assert agent.act(np.zeros((5, 9, 84, 60), np.uint8)).shape == (5, 4)
+
+
 def test_replay_stores_a_frame_once_and_samples_what_there_is():
     space = SpritesVectorEnv(1).single_observation_space
     replay = curl.FrameReplay(rounds=3, num_envs=2, horizon=40, space=space, action_dim=2, frames=3)
@@ -693,7 +724,8 @@ def test_what_is_seen_done_and_stored(puppets):
         new = slice(2 * t, 2 * t + 2)
         assert replay.rewards[new] == pytest.approx(rewards)
         assert np.array_equal(replay.terminated[new], truncated & puppets.terminal)
-    assert replay.reward_mean == pytest.approx(replay.rewards[:100].mean())
+    mean = 0 if puppets.terminal else replay.rewards[:100].mean()
+    assert replay.reward_mean == pytest.approx(mean)
     assert replay.reward_sd == pytest.approx(replay.rewards[:100].std())
 
 
@@ -752,7 +784,7 @@ def test_an_episode_that_ends_alone_is_refused(tmp_path, monkeypatch):
             return obs, rewards, terminated, truncated, {"final_obs": obs}
 
     monkeypatch.setattr(sprites_env, "SpritesVectorEnv", Uneven)
-    with pytest.raises(AssertionError, match="all episodes must have"):
+    with pytest.raises(SystemExit, match="error: all episodes must have 40 steps"):
         run(tmp_path, mode="state")
 
 

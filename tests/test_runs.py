@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,7 @@ import tyro
 from matplotlib.figure import Figure
 
 import sprites_env
+from sprites_env import SpritesVectorEnv
 
 ROOT = Path(__file__).parent.parent
 TINY = {  # the smallest runs that report at least twice
@@ -485,3 +487,32 @@ def test_every_flag_of_the_vae_counts(tmp_path, no_pictures, monkeypatch):
     before = weights("rig_td3", tmp_path / "before", **basis)
     for name, value in changes.items():
         assert weights("rig_td3", tmp_path / name, **basis | {name: value}) != before, name
+
+
+@pytest.mark.parametrize("script", ["curl", "awac", "psrl"])
+def test_environments_that_a_replay_of_episodes_cannot_take(script, tmp_path, monkeypatch):
+    class Strong(SpritesVectorEnv):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.single_action_space = gym.spaces.Box(-3, 3, (2,))
+
+    class Endless(SpritesVectorEnv):
+        horizon = property(lambda self: None, lambda self, steps: None)
+
+    monkeypatch.setattr(sprites_env, "SpritesVectorEnv", Strong)
+    with pytest.raises(SystemExit, match=r"^error: actions must be in \[-1, 1\]"):
+        run(script, out=str(tmp_path / "strong"))
+    monkeypatch.setattr(sprites_env, "SpritesVectorEnv", Endless)
+    with pytest.raises(SystemExit, match="^error: give the environment an attribute `horizon`"):
+        run(script, out=str(tmp_path / "endless"))
+
+
+def test_a_renderer_that_fails_costs_the_film_only(tmp_path, monkeypatch, capsys):
+    def render(self):
+        raise RuntimeError("no display")
+
+    monkeypatch.setattr(SpritesVectorEnv, "render", render)
+    run("ppo_encoder", out=str(tmp_path / "run"))
+    assert "no film: RuntimeError('no display')" in capsys.readouterr().out
+    assert (tmp_path / "run" / "summary.json").exists()
+    assert not (tmp_path / "run" / "rollout.gif").exists()
