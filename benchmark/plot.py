@@ -639,8 +639,8 @@ def context_figure(curves, finals):
     figure, axes = panels(14, 3.8, 1, 4)
     for label, style, rows in split(where(curves, appearances="all"), CONTEXTS):
         draw_curve(axes[0], rows, "unseen_agent_distance", label, style)
-    axes[0].set(xlabel=THOUSANDS, ylim=(0, 0.45))
-    axes[0].set_title("ever new scenes in training, unseen ones in the test", fontsize=9)
+    axes[0].set(xlabel=THOUSANDS, ylim=(0, 0.5))
+    axes[0].set_title("ever new scenes, tested in unseen", fontsize=10)
     shown = {"final_agent_distance": "scenes as in training"}
     shown |= {"unseen_agent_distance": "unseen scenes"}
     shown |= {"unseen_imagined_scene_error": "goals imagined in unseen scenes"}
@@ -651,12 +651,12 @@ def context_figure(curves, finals):
             x = np.array(here) + (0.05 if label == "CC-RIG" else -0.05)  # side by side
             draw_means(axis, x, [groups[i] for i in here], style, marker="o", label=label)
         axis.set_xticks(range(3), ["1", "4", "ever new"])
-        axis.set(xlabel="scenes in training", ylim=(0, 0.45 if "distance" in name else 0.8))
+        axis.set(xlabel="scenes in training", ylim=(0, 0.5 if "distance" in name else 0.8))
         axis.set_title(title, fontsize=10)
     for axis in axes[:3]:
         axis.set_ylabel("final distance (frame widths)")
     axes[3].set_ylabel("squared error of the scene")
-    for axis, place in zip(axes, ("center", "best", "best", "lower left")):
+    for axis, place in zip(axes, ("upper right", "best", "best", "lower left")):
         axis.legend(fontsize=8, loc=place)
     return figure
 
