@@ -432,9 +432,8 @@ def curl_figure(curves, finals):
 
 
 def psrl_figure(curves, finals):
-    """Features of the modes, and untrained ones."""
-    bars = [(mode, mode, "features_", COLOURS[style[0]]) for mode, (style, _) in PARTS.items()]
-    bars += [("random features", "rad", "random_features_", "#BBBBBB")]
+    """Codes of the modes."""
+    bars = [(mode, mode, "", COLOURS[style[0]]) for mode, (style, _) in PARTS.items()]
     return draw_modes(curves, finals, PARTS, bars)
 
 
@@ -444,18 +443,19 @@ def psrl_table(curves, finals):
     for mode, _, rows in split(finals, PARTS):
         runs = [where(rows, distractors=d) for d in (0, 2)]
         last = where(curves, mode=mode, step=max(values_of(curves, "step")))
+        last = [where(last, distractors=d) for d in (0, 2)]
         cells = [mean(r, RETURN, 2) for r in runs]
-        cells += [mean(r, "probe_r2_features_target_velocity", 2) for r in runs]
-        cells += [mean(r, "flow_error", 2, empty="") for r in runs]
-        cells += [mean(where(last, distractors=d), "distance_pr", 2, empty="") for d in (0, 2)]
+        cells += [spread(r, ["probe_r2_agent"], 2) for r in runs]
+        cells += [spread(r, ["probe_r2_features_target_velocity"], 2) for r in runs]
+        for name, here in (("flow_error", runs), ("distance_pr", last)):
+            cells += [spread(r, [name], 2).replace("nan ± nan", "") for r in here]
         lines.append([f"`{mode}`", *cells, minutes(rows)])
     zero = [values_of(where(finals, distractors=d), "flow_error_zero") for d in (0, 2)]
     zero = " and ".join(f"{np.nanmean(values):.2f}" for values in zero)
-    below = f"Mean and 95 % bootstrap interval, seeds {seeds(finals)}; without a flow its error"
-    below += f" would be {zero} pixels."
-    titles = (
-        "mode | return, 0 distractors | 2 | R² of the target's velocity, from features z, 0 | 2"
-    )
+    below = f"Returns: mean and 95 % bootstrap interval, seeds {seeds(finals)}; others: mean ±"
+    below += f" standard deviation. With no flow at all its error would be {zero} pixels."
+    titles = "mode | return, 0 distractors | 2 | R² of the agent's place, from the code, 0 | 2"
+    titles += " | R² of the target's velocity, from features z, 0 | 2"
     titles += " | error of the flow in pixels, 0 | 2 | distance of Ẑ^pr, 0 | 2 | minutes"
     return table(titles, lines, below)
 
