@@ -96,7 +96,7 @@ Result
     Three seeds. Returns with 2 distractors: full 35.7, rad 34.3, each part alone 34.7 to 34.9;
     without distractors 36.7, 36.7, 36.5 to 37.0. The flow is off by .4 pixels (2 distractors: .55),
     no flow by 2.4. No part teaches velocities (R² from z .59 in rad, .45 in full), and shuffled
-    actions cost nothing. About 3.5 minutes on one thread. All: benchmark/README.md.
+    actions cost next to nothing. About 3.5 minutes on one thread. All: benchmark/README.md.
 
 Try
     1. --mode full_shuffled_actions: does G use the action? (distance_pr)
