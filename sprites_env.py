@@ -706,8 +706,8 @@ class Run:
             content.savefig(file)
         elif content:
             save_gif(file, content)
-        else:
-            return  # no film
+        else:  # no film, and no earlier one either
+            return (self.folder / name).unlink(missing_ok=True)
         file.replace(self.folder / name)
 
     def report(self, step, **metrics):

@@ -239,7 +239,7 @@ sprites_env.Run.save = stop
 for moment in range(1, 6):
     if os.fork() == 0:
         test_runs.run("awac", out=str(moment))
-    print(os.waitstatus_to_exitcode(os.wait()[1]))
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
     command = [sys.executable, "-c", script]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
@@ -513,6 +513,8 @@ def test_a_renderer_that_fails_costs_the_film_only(tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(SpritesVectorEnv, "render", render)
     run("ppo_encoder", out=str(tmp_path / "run"))
+    (tmp_path / "run" / "rollout.gif").write_text("of the run before")
+    run("ppo_encoder", out=str(tmp_path / "run"), overwrite=True)
     assert "no film: RuntimeError('no display')" in capsys.readouterr().out
     assert (tmp_path / "run" / "summary.json").exists()
     assert not (tmp_path / "run" / "rollout.gif").exists()

@@ -250,7 +250,7 @@ def test_files_are_written_whole_or_not_at_all(here, monkeypatch):
     with Image.open(run.folder / "a.png") as png, Image.open(run.folder / "a.gif") as gif:
         assert png.format == "PNG" and gif.n_frames == 2
     assert not list(run.folder.glob("unfinished_*"))
-    for name, content in (("a.json", {"x": object()}), ("a.png", None), ("a.gif", [])):
+    for name, content in (("a.json", {"x": object()}), ("a.png", None), ("a.gif", [(1,)])):
         before = (run.folder / name).read_bytes()
         with pytest.raises((TypeError, AttributeError, ValueError)):
             run.save(name, content)
