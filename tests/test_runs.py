@@ -494,14 +494,15 @@ def test_environments_that_a_replay_of_episodes_cannot_take(script, tmp_path, mo
     class Strong(SpritesVectorEnv):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
-            self.single_action_space = gym.spaces.Box(-3, 3, (2,))
+            self.single_action_space = gym.spaces.Box(*self.bounds, (2,))
 
     class Endless(SpritesVectorEnv):
         horizon = property(lambda self: None, lambda self, steps: None)
 
     monkeypatch.setattr(sprites_env, "SpritesVectorEnv", Strong)
-    with pytest.raises(SystemExit, match=r"^error: actions must be in \[-1, 1\]"):
-        run(script, out=str(tmp_path / "strong"))
+    for Strong.bounds in ((-3, 1), (-1, 3)):
+        with pytest.raises(SystemExit, match=r"^error: actions must be in \[-1, 1\]"):
+            run(script, out=str(tmp_path / "strong"))
     monkeypatch.setattr(sprites_env, "SpritesVectorEnv", Endless)
     with pytest.raises(SystemExit, match="^error: give the environment an attribute `horizon`"):
         run(script, out=str(tmp_path / "endless"))
