@@ -258,13 +258,13 @@ def strided_convolutions(channels):
 class Encoder(nn.Module):
     """Six convolutions, 64 x 64 -> 1 x 1 pixel, and a linear map: an image becomes a vector z."""
 
-    def __init__(self, z_dim=64):
+    def __init__(self, z_dim=64, frames=1):
         super().__init__()
-        self.convolutions = strided_convolutions((1, 4, 8, 16, 32, 64, 128))
+        self.convolutions = strided_convolutions((frames, 4, 8, 16, 32, 64, 128))
         self.to_z = nn.Linear(128, z_dim)
         orthogonal_(self).to(memory_format=torch.channels_last)  # same numbers, faster
 
-    def forward(self, frames):  # float (B, 1, 64, 64) in [0, 1]
+    def forward(self, frames):  # float (B, S, 64, 64) in [0, 1]
         h = self.convolutions(frames)  # (B, 128, 1, 1)
         return self.to_z(h.flatten(1))  # (B, Z)
 

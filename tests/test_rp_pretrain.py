@@ -385,7 +385,7 @@ def test_each_update_of_a_run(tmp_path, monkeypatch, pictures, changes):
         torch.testing.assert_close(checkpoint.pop(name), after, **exactly)
     torch.testing.assert_close(encoder.pop("encoder"), dict(model.encoder.state_dict()))
     expected = {"objective": args.objective, "tasks": list(args.tasks), "z_dim": args.z_dim}
-    expected |= {"batch_norm": args.batch_norm, "distractors": 1, "update": 21}
+    expected |= {"batch_norm": args.batch_norm, "distractors": 1, "update": 21, "frame_stack": 1}
     assert checkpoint == encoder == expected
 
     assert len(measured) == 20
