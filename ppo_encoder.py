@@ -31,8 +31,9 @@ Equations
 
 Notation
     s state or observation, a action, r reward, π the policy, V the critic's value. N environments,
-    T steps of a rollout, B minibatch, Z size of the representation z, A size of an action, K
-    objects in the frame, M = N T samples of the calibration, D dimensions of what is standardised.
+    S images seen at once, T steps of a rollout, B minibatch, Z size of the representation z, A size
+    of an action, K objects in the frame, M = N T samples of the calibration, D dimensions of what
+    is standardised.
 
 Differs from the paper
     1. γ = 0.2 instead of 0.95-0.99. Here the best action depends almost only on the next reward; a
@@ -55,11 +56,11 @@ Run
     python ppo_encoder.py --encoder pretrained --encoder-path runs/pretext/inverse_d2_s1/encoder.pt
 
 Writes
-    to runs/ppo_encoder/<encoder>[_<folder of encoder.pt>][_repel]_d<distractors>_s<seed>/, the
-    folder only for pretrained ones: args.json, curve.csv, curve.png, rollout.gif (four episodes),
-    checkpoint.pt (at every report) and summary.json with
-    `eval_return_mean`, `eval_return_std` (over episodes), `eval_episodes`, `score` (0 random, 1
-    chasing with known velocity), `steps` and `minutes`. Columns of curve.csv: `step` (of all
+    to runs/ppo_encoder/<encoder>[_<folder of encoder.pt>][_repel][_stack<S>]_d<distractors>_s<seed>
+    (that folder only for pretrained ones): args.json, curve.csv, curve.png, rollout.gif (four
+    episodes), checkpoint.pt (at every report) and summary.json with `eval_return_mean`,
+    `eval_return_std` (over episodes), `eval_episodes`, `score` (0 random, 1 chasing with known
+    velocity), `steps` and `minutes`. Columns of curve.csv: `step` (of all
     environments), `seconds`, `steps_per_second`, `eval_return`, `train_return` (last N episodes,
     with noise), `action_sd` (of the policy), and of the last minibatch `value_loss`, `kl` (from
     the policy that acted) and `clip_fraction`.
@@ -122,6 +123,7 @@ class Args:
     clip: float = 0.2  # how far the probability ratio may move from 1
     value_coefficient: float = 1.0  # weight of the critic's loss
     max_grad_norm: float = 0.5  # clipping of the gradient's norm
+    frame_stack: int = 1  # images that the encoder sees at once (S): two show velocities
     encoder_path: str | None = None  # an encoder.pt (default: of this seed, made if missing)
     eval_episodes: int = 200  # held-out episodes of each evaluation, without noise
     seed: int = 1  # of networks, environments and actions
@@ -141,19 +143,22 @@ class Args:
         require(self.total_steps >= 2 * rollout, least)
         most = f"--minibatches must be at most half of a rollout, {rollout // 2}"
         require(2 * self.minibatches <= rollout, most)
+        stacks = self.frame_stack == 1 or self.encoder != "oracle"
+        require(stacks, "--frame-stack is of no use to --encoder oracle, which knows velocities")
         if self.encoder.startswith("pretrained"):
             require(self.encoder_path, f"--encoder {self.encoder} needs an --encoder-path")
         if self.encoder_path:
             useful = self.encoder.startswith(PRETRAINED)
             require(useful, f"--encoder-path is of no use to --encoder {self.encoder}")
-            load_encoder(self.encoder_path, self.encoder)
+            load_encoder(self.encoder_path, self)
             kept = Path(self.out or "").resolve() != Path(self.encoder_path).resolve().parent
             require(kept, "--out must not be the folder of --encoder-path, which would be emptied")
 
     @property
     def environment(self):
         observation = "state" if self.encoder == "oracle" else "image"
-        return {"distractors": self.distractors, "task": self.task, "observation": observation}
+        facts = {"distractors": self.distractors, "task": self.task, "observation": observation}
+        return facts | {"frame_stack": self.frame_stack}
 
     @property
     def run_name(self):
@@ -161,7 +166,8 @@ class Args:
         source = ""
         if self.encoder.startswith("pretrained"):  # told apart by the folder of their encoders
             source = "_" + Path(self.encoder_path).resolve().parent.name
-        return f"{self.encoder}{source}{task}_d{self.distractors}_s{self.seed}"
+        stack = f"_stack{self.frame_stack}" if self.frame_stack > 1 else ""
+        return f"{self.encoder}{source}{task}{stack}_d{self.distractors}_s{self.seed}"
 
 
 # --- Networks --------------------------------------------------------------------------------
@@ -178,13 +184,13 @@ def strided_convolutions(channels):
 class Encoder(nn.Module):
     """Six convolutions, 64 x 64 -> 1 x 1 pixel, and a linear map: an image becomes a vector z."""
 
-    def __init__(self, z_dim=64):
+    def __init__(self, z_dim=64, frames=1):
         super().__init__()
-        self.convolutions = strided_convolutions((1, 4, 8, 16, 32, 64, 128))
+        self.convolutions = strided_convolutions((frames, 4, 8, 16, 32, 64, 128))
         self.to_z = nn.Linear(128, z_dim)
         orthogonal_(self).to(memory_format=torch.channels_last)  # same numbers, faster
 
-    def forward(self, frames):  # float (B, 1, 64, 64) in [0, 1]
+    def forward(self, frames):  # float (B, S, 64, 64) in [0, 1]
         h = self.convolutions(frames)  # (B, 128, 1, 1)
         return self.to_z(h.flatten(1))  # (B, Z)
 
@@ -203,37 +209,42 @@ def make_encoder(args):
     if args.encoder == "oracle":
         return nn.Identity()
     if args.encoder == "cnn":
-        cnn = nn.Sequential(strided_convolutions((1, 16, 16, 16)), nn.Flatten())  # 16 x 8 x 8
+        convolutions = strided_convolutions((args.frame_stack, 16, 16, 16))
+        cnn = nn.Sequential(convolutions, nn.Flatten())  # 16 x 8 x 8
         return orthogonal_(cnn).to(memory_format=torch.channels_last)
     if args.encoder == "image_scratch":
-        return Encoder()
-    return load_encoder(args.encoder_path or find_or_pretrain(args), args.encoder)
+        return Encoder(frames=args.frame_stack)
+    return load_encoder(args.encoder_path or find_or_pretrain(args), args)
 
 
 def find_or_pretrain(args):
     """The encoder.pt of this objective, number of distractors and seed; if there is none yet,
     rp_pretrain.py is run, as a program of its own, so that neither script imports the other."""
     objective = args.encoder.removesuffix("_finetune")
-    folder = Path("runs") / "rp_pretrain" / f"{objective}_d{args.distractors}_s{args.seed}"
+    stack = f"_stack{args.frame_stack}" if args.frame_stack > 1 else ""
+    folder = Path("runs") / "rp_pretrain" / f"{objective}{stack}_d{args.distractors}_s{args.seed}"
     if not (folder / "encoder.pt").exists():
         script = Path(__file__).with_name("rp_pretrain.py")
         require(script.exists(), f"--encoder {args.encoder} needs {script}: copy it, too")
         print(f"{folder / 'encoder.pt'} is missing: running {script.name} first", flush=True)
         command = [sys.executable, str(script), "--objective", objective, "--out", str(folder)]
-        for flag in ("distractors", "seed", "device", "torch_threads"):
+        for flag in ("distractors", "frame_stack", "seed", "device", "torch_threads"):
             command += ["--" + flag.replace("_", "-"), str(getattr(args, flag))]
         require(subprocess.run(command).returncode == 0, "pretraining failed, see above")
     return folder / "encoder.pt"
 
 
-def load_encoder(path, name):
+def load_encoder(path, args):
     """An encoder from a file that rp_pretrain.py or pretext.py wrote; its objective must be that of
-    `name`, unless any will do."""
+    --encoder, unless any will do, and it must see as many frames at once."""
     try:
         saved = torch.load(path, map_location="cpu")
-        if not name.startswith((saved["objective"], "pretrained")):
+        if not args.encoder.startswith((saved["objective"], "pretrained")):
             raise ValueError(f"its objective was {saved['objective']}")
-        encoder = Encoder(saved["z_dim"])
+        frames = saved.get("frame_stack", 1)  # older files, and those of pretext.py: one
+        if frames != args.frame_stack:
+            raise ValueError(f"it sees {frames} frames at once, --frame-stack {args.frame_stack}")
+        encoder = Encoder(saved["z_dim"], frames)
         if saved["batch_norm"]:
             encoder.convolutions = batch_normalized(encoder.convolutions)
         encoder.load_state_dict(saved["encoder"])
@@ -241,7 +252,8 @@ def load_encoder(path, name):
             raise ValueError("its numbers are not finite")
     except Exception as error:  # missing, not a checkpoint, or of another architecture
         reason = " ".join(str(error).split())[:100]
-        raise SystemExit(f"error: {path} is no file for --encoder {name}: {reason}") from None
+        words = f"error: {path} is no file for --encoder {args.encoder}: {reason}"
+        raise SystemExit(words) from None
     return encoder
 
 
@@ -289,7 +301,7 @@ class ActorCritic(nn.Module):
         nn.init.orthogonal_(self.actor[-1].weight, 0.01)  # start with actions around zero
         self.log_std = nn.Parameter(torch.full((action_dim,), INITIAL_LOG_STD))
 
-    def features(self, obs):  # uint8 (B, 1, 64, 64), or states (B, 4 K); arrays or tensors
+    def features(self, obs):  # uint8 (B, S, 64, 64), or states (B, 4 K); arrays or tensors
         return self.standardize(self.encoder(to_tensor(obs, self.log_std.device)))  # (B, Z)
 
     def value(self, z):  # (B, Z)

@@ -184,13 +184,13 @@ def strided_convolutions(channels):
 class Encoder(nn.Module):
     """Six convolutions, 64 x 64 -> 1 x 1 pixel, and a linear map: an image becomes a vector z."""
 
-    def __init__(self, z_dim=64):
+    def __init__(self, z_dim=64, frames=1):
         super().__init__()
-        self.convolutions = strided_convolutions((1, 4, 8, 16, 32, 64, 128))
+        self.convolutions = strided_convolutions((frames, 4, 8, 16, 32, 64, 128))
         self.to_z = nn.Linear(128, z_dim)
         orthogonal_(self).to(memory_format=torch.channels_last)  # same numbers, faster
 
-    def forward(self, frames):  # float (B, 1, 64, 64) in [0, 1]
+    def forward(self, frames):  # float (B, S, 64, 64) in [0, 1]
         h = self.convolutions(frames)  # (B, 128, 1, 1)
         return self.to_z(h.flatten(1))  # (B, Z)
 
@@ -198,9 +198,9 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """The encoder in reverse: z -> 64 x 64 pixels."""
 
-    def __init__(self, z_dim=64):
+    def __init__(self, z_dim=64, frames=1):
         super().__init__()
-        channels = (128, 64, 32, 16, 8, 4, 1)
+        channels = (128, 64, 32, 16, 8, 4, frames)
         self.from_z = nn.Linear(z_dim, 128)
         layers = []
         for c_in, c_out in zip(channels[:-1], channels[1:]):
@@ -208,7 +208,7 @@ class Decoder(nn.Module):
         self.convolutions = nn.Sequential(*layers)
 
     def forward(self, z):  # (B, Z)
-        return self.convolutions(self.from_z(z)[:, :, None, None])  # (B, 1, 64, 64)
+        return self.convolutions(self.from_z(z)[:, :, None, None])  # (B, S, 64, 64)
 
 
 def mlp(size_in, hidden, size_out):

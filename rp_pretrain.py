@@ -28,8 +28,9 @@ Equations
     reward would have a z of its own. Here p(z|x) is a point, z = encoder(x).
 
 Notation
-    x frames, r rewards, z the code, hats: predictions. B batch, N conditioning frames, T predicted
-    steps, K tasks, Z latent size, H hidden size, M samples of the probe, D quantities it reads.
+    x frames, r rewards, z the code, hats: predictions. B batch, N conditioning frames, S frames
+    seen at once, T predicted steps, K tasks, Z latent size, H hidden size, M samples of the probe,
+    D quantities it reads.
 
 Differs from the paper
     1. No batch normalisation (--batch-norm turns it on; in PPO it then keeps its pretraining
@@ -54,7 +55,7 @@ Run
     python rp_pretrain.py --tasks agent_x
 
 Writes
-    to runs/rp_pretrain/<objective>[_<tasks>]_d<distractors>_s<seed>/:
+    to runs/rp_pretrain/<objective>[_<tasks>][_batch_norm][_stack<S>]_d<distractors>_s<seed>/:
     args.json, curve.csv, curve.png, decoded.png (true frames above decoded ones), checkpoint.pt
     (all networks, at every report), encoder.pt (the encoder, at the end, for ppo_encoder.py) and
     summary.json with `mse` (mean over tasks and steps, held out), `mse_<task>`, `mse_first_step`,
@@ -102,6 +103,7 @@ class Args:
     batch_size: int = 32  # sequences per update (B)
     conditioning_frames: int = 3  # frames that the predictor sees (N); reconstruction: 1
     horizon: int = 10  # steps to predict (T), from the first conditioning frame on
+    frame_stack: int = 1  # frames that the encoder sees at once (S): two show velocities
     learning_rate: float = 4e-3  # of RAdam, times a linear warm-up, times a cosine down to zero
     z_dim: int = 64  # size of the representation (Z)
     batch_norm: bool = False  # batch normalisation after each convolution
@@ -128,6 +130,7 @@ class Args:
         some = self.objective == "reward_prediction" and self.tasks != POSITIONS
         variant = [self.objective, *(["+".join(self.tasks)] if some else [])]
         variant += ["batch_norm"] if self.batch_norm else []
+        variant += [f"stack{self.frame_stack}"] if self.frame_stack > 1 else []
         return "_".join([*variant, f"d{self.distractors}", f"s{self.seed}"])
 
 
@@ -145,13 +148,13 @@ def strided_convolutions(channels):
 class Encoder(nn.Module):
     """Six convolutions, 64 x 64 -> 1 x 1 pixel, and a linear map: an image becomes a vector z."""
 
-    def __init__(self, z_dim=64):
+    def __init__(self, z_dim=64, frames=1):
         super().__init__()
-        self.convolutions = strided_convolutions((1, 4, 8, 16, 32, 64, 128))
+        self.convolutions = strided_convolutions((frames, 4, 8, 16, 32, 64, 128))
         self.to_z = nn.Linear(128, z_dim)
         orthogonal_(self).to(memory_format=torch.channels_last)  # same numbers, faster
 
-    def forward(self, frames):  # float (B, 1, 64, 64) in [0, 1]
+    def forward(self, frames):  # float (B, S, 64, 64) in [0, 1]
         h = self.convolutions(frames)  # (B, 128, 1, 1)
         return self.to_z(h.flatten(1))  # (B, Z)
 
@@ -168,9 +171,9 @@ def batch_normalized(convolutions):
 class Decoder(nn.Module):
     """The encoder in reverse: z -> 64 x 64 pixels."""
 
-    def __init__(self, z_dim=64):
+    def __init__(self, z_dim=64, frames=1):
         super().__init__()
-        channels = (128, 64, 32, 16, 8, 4, 1)
+        channels = (128, 64, 32, 16, 8, 4, frames)
         self.from_z = nn.Linear(z_dim, 128)
         layers = []
         for c_in, c_out in zip(channels[:-1], channels[1:]):
@@ -178,7 +181,7 @@ class Decoder(nn.Module):
         self.convolutions = nn.Sequential(*layers)
 
     def forward(self, z):  # (B, Z)
-        return self.convolutions(self.from_z(z)[:, :, None, None])  # (B, 1, 64, 64)
+        return self.convolutions(self.from_z(z)[:, :, None, None])  # (B, S, 64, 64)
 
 
 class RewardPredictor(nn.Module):
@@ -218,7 +221,8 @@ class Model:
     """The three networks and their optimiser."""
 
     def __init__(self, args, device):
-        self.encoder, self.decoder = Encoder(args.z_dim), Decoder(args.z_dim).to(device)
+        self.encoder = Encoder(args.z_dim, args.frame_stack)
+        self.decoder = Decoder(args.z_dim, args.frame_stack).to(device)
         if args.batch_norm:
             self.encoder.convolutions = batch_normalized(self.encoder.convolutions)
         self.encoder.to(device)
@@ -237,7 +241,7 @@ def reward_prediction_loss(predicted, rewards):
 
 
 def reconstruction_loss(decoded, frames):
-    """Mean of (x − x̂)² over pixels and frames, eq. (3). Both (B, 1, 64, 64) -> scalar."""
+    """Mean of (x − x̂)² over pixels and frames, eq. (3). Both (B, S, 64, 64) -> scalar."""
     assert decoded.shape == frames.shape
     return (frames - decoded).square().mean()
 
@@ -258,7 +262,7 @@ def linear_probe(z, y, z_test, y_test, ridge=1e-6):
 
 
 def update_reward_prediction(model, frames, rewards):
-    """One step of encoder and predictor on (2). frames (B N, 1, 64, 64), rewards (B, T, K).
+    """One step of encoder and predictor on (2). frames (B N, S, 64, 64), rewards (B, T, K).
 
     Returns the loss, and z (B N, Z) without gradient."""
     z = model.encoder(frames)
@@ -272,7 +276,7 @@ def update_reward_prediction(model, frames, rewards):
 
 def update_reconstruction(model, z, frames):
     """One step on (3) of the decoder, and of the encoder, unless z (B, Z) is without gradient: a
-    network without gradient is not stepped. frames (B, 1, 64, 64). Returns the loss."""
+    network without gradient is not stepped. frames (B, S, 64, 64). Returns the loss."""
     loss = reconstruction_loss(model.decoder(z), frames)
     model.optimizer.zero_grad()
     loss.backward()
@@ -291,22 +295,24 @@ def learning_rate(update, args):
 
 
 def sample_batch(rng, batch, args, device):
-    """New sequences: frames float (B N, 1, 64, 64), the N of a sequence together, and rewards
+    """New sequences: frames float (B N, S, 64, 64), the N of a sequence together, and rewards
     (B, T, K) of its T steps. For data of your own, change this and `probe_data`."""
+    N, S = args.frames, args.frame_stack
     frames, _, rewards = sprites_env.sample_trajectories(
-        rng, batch, args.horizon, args.distractors, args.frames
+        rng, batch, args.horizon + S - 1, args.distractors, N + S - 1
     )
-    rewards = np.stack([rewards[task] for task in args.tasks], axis=-1)
-    frames = frames.reshape(batch * args.frames, 1, 64, 64)
-    return to_tensor(frames, device), to_tensor(rewards, device)
+    rewards = np.stack([rewards[task][:, S - 1 :] for task in args.tasks], axis=-1)
+    frames = np.stack([frames[:, i : i + S] for i in range(N)], axis=1)  # (B, N, S, 64, 64)
+    return to_tensor(frames.reshape(batch * N, S, 64, 64), device), to_tensor(rewards, device)
 
 
-def probe_data(distractors, device):
-    """3000 frames (3000, 1, 64, 64) and their objects' positions (3000, D), never trained on."""
-    states, shapes = sprites_env.sample_states(np.random.default_rng(10**9 + 1), 3000, distractors)
-    positions = states[:, :, :2]
-    frames = sprites_env.draw(positions, shapes)[:, None]
-    return to_tensor(frames, device), torch.from_numpy(positions.reshape(3000, -1)).to(device)
+def probe_data(distractors, device, frame_stack=1):
+    """Stacks of frames (3000, S, 64, 64) and the positions (3000, D) of the objects in the newest,
+    never trained on."""
+    rng = np.random.default_rng(10**9 + 1)
+    frames, states, _ = sprites_env.sample_trajectories(rng, 3000, frame_stack, distractors)
+    positions = torch.from_numpy(states[:, -1, :, :2].reshape(3000, -1))
+    return to_tensor(frames, device), positions.to(device)
 
 
 def to_tensor(array, device):
@@ -348,8 +354,9 @@ def train(args):
     (run.folder / "encoder.pt").unlink(missing_ok=True)  # of an earlier run
     rng, model = np.random.default_rng(args.seed), Model(args, device)
     held_out = sample_batch(np.random.default_rng(10**9), 500, args, device)
-    probe = probe_data(args.distractors, device)
-    facts = {name: getattr(args, name) for name in ("objective", "distractors", "z_dim")}
+    probe = probe_data(args.distractors, device, args.frame_stack)
+    names = ("objective", "distractors", "z_dim", "frame_stack")
+    facts = {name: getattr(args, name) for name in names}
     facts |= {"tasks": list(args.tasks), "batch_norm": args.batch_norm}
 
     reports = {math.ceil(args.updates * i / 20) for i in range(1, 21)}
@@ -379,7 +386,7 @@ def train(args):
     model.encoder.eval()
     with torch.no_grad():
         decoded = model.decoder(model.encoder(probe[0][:8]))
-    rows = {"true": probe[0][:8, 0].cpu(), "decoded": decoded[:, 0].cpu()}
+    rows = {"true": probe[0][:8, -1].cpu(), "decoded": decoded[:, -1].cpu()}
     run.save("decoded.png", sprites_env.draw_images(rows))
     columns = {kind: [name for name in metrics if name.startswith(kind)] for kind in ("mse", "r2")}
     panels = [("mean squared error, held out", columns["mse"])]

@@ -14,8 +14,9 @@ distractors (triangles of four orientations, drawn with replacement). Object k h
 step, inside [-0.05, 0.05]. x counts pixel rows (downwards), y counts pixel columns (rightwards).
 
 **Observation.** `observation="image"`: uint8 (1, 64, 64), white (255) sprites on black, each
-centred on pixel floor(63 * position); overlapping sprites merge. `observation="state"`:
-float32 (4 K,), the states of the objects one after the other, in raw units.
+centred on pixel floor(63 * position); overlapping sprites merge. With `frame_stack=S` it is
+(S, 64, 64), the last S frames, the newest last; before an episode's start there was its first.
+`observation="state"`: float32 (4 K,), the states of the objects one after the other, in raw units.
 
 **Action.** Box(-1, 1, (2,)), clipped: 0.05 * action becomes the agent's velocity for this step.
 
@@ -296,7 +297,7 @@ def _is_integer(x):
     return isinstance(x, (int, np.integer)) and not isinstance(x, bool)
 
 
-def _spaces(distractors, observation, task, horizon, render_mode):
+def _spaces(distractors, observation, task, horizon, render_mode, frame_stack):
     """Check the options and return the spaces of one environment."""
     if not (_is_integer(distractors) and distractors >= 0):
         raise ValueError(f"distractors must be an integer of 0 or more, not {distractors!r}")
@@ -306,10 +307,14 @@ def _spaces(distractors, observation, task, horizon, render_mode):
         raise ValueError(f"task must be 'follow', 'repel', 'reach' or 'push', not {task!r}")
     if not (_is_integer(horizon) and horizon >= 1):
         raise ValueError(f"horizon must be a positive integer, not {horizon!r}")
+    if not (_is_integer(frame_stack) and frame_stack >= 1):
+        raise ValueError(f"frame_stack must be a positive integer, not {frame_stack!r}")
+    if observation == "state" and frame_stack > 1:
+        raise ValueError("frame_stack is of images: states hold the velocities")
     if render_mode not in (None, "rgb_array"):
         raise ValueError(f"render_mode must be None or 'rgb_array', not {render_mode!r}")
     if observation == "image":
-        observation_space = spaces.Box(0, 255, (1, SIZE, SIZE), np.uint8)
+        observation_space = spaces.Box(0, 255, (frame_stack, SIZE, SIZE), np.uint8)
     else:
         low = np.array([LOW, LOW, -MAX_SPEED, -MAX_SPEED], np.float32)
         high = np.array([HIGH, HIGH, MAX_SPEED, MAX_SPEED], np.float32)
@@ -318,10 +323,10 @@ def _spaces(distractors, observation, task, horizon, render_mode):
     return observation_space, spaces.Box(-1, 1, (2,), np.float32)
 
 
-def _observe(states, shapes, observation):  # (N, K, 4) -> (N, 1, 64, 64) or (N, 4 K)
+def _observe(recent, shapes, observation):  # S times (N, K, 4) -> (N, S, 64, 64) or (N, 4 K)
     if observation == "image":
-        return draw(states[:, :, :2], shapes)[:, None]
-    return states.reshape(len(states), -1).astype(np.float32)
+        return np.stack([draw(states[:, :, :2], shapes) for states in recent], axis=1)
+    return recent[-1].reshape(len(shapes), -1).astype(np.float32)
 
 
 def _given_start(options, sampled, shapes, task):
@@ -375,13 +380,19 @@ class SpritesEnv(gym.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
 
     def __init__(
-        self, distractors=0, observation="image", task="follow", horizon=40, render_mode=None
+        self,
+        distractors=0,
+        observation="image",
+        task="follow",
+        horizon=40,
+        render_mode=None,
+        frame_stack=1,
     ):
         self.observation_space, self.action_space = _spaces(
-            distractors, observation, task, horizon, render_mode
+            distractors, observation, task, horizon, render_mode, frame_stack
         )
         self.distractors, self.observation, self.task = distractors, observation, task
-        self.horizon, self.render_mode = horizon, render_mode
+        self.horizon, self.render_mode, self.frame_stack = horizon, render_mode, frame_stack
         self.states = self.shapes = None  # (1, K, 4) and (1, K) once reset
 
     def reset(self, *, seed=None, options=None):
@@ -390,15 +401,15 @@ class SpritesEnv(gym.Env):
         if options:
             states, shapes = _given_start(options, self.states[0], self.shapes[0], self.task)
             self.states, self.shapes = states[None], shapes[None]
-        self.elapsed = 0
-        return _observe(self.states, self.shapes, self.observation)[0], {}
+        self.recent, self.elapsed = [self.states] * self.frame_stack, 0
+        return _observe(self.recent, self.shapes, self.observation)[0], {}
 
     def step(self, action):
         if self.states is None:
             raise RuntimeError("call reset before step")
         self.states = act(self.states, _checked(action, (2,))[None], self.task)
-        self.elapsed += 1
-        obs = _observe(self.states, self.shapes, self.observation)[0]
+        self.recent, self.elapsed = [*self.recent[1:], self.states], self.elapsed + 1
+        obs = _observe(self.recent, self.shapes, self.observation)[0]
         return (
             obs,
             float(reward(self.states[0], self.task)),
@@ -432,18 +443,19 @@ class SpritesVectorEnv(gym.vector.VectorEnv):
         horizon=40,
         render_mode=None,
         max_episode_steps=None,
+        frame_stack=1,
     ):
         horizon = horizon if max_episode_steps is None else max_episode_steps  # gymnasium's word
         if not (_is_integer(num_envs) and num_envs >= 1):
             raise ValueError(f"num_envs must be a positive integer, not {num_envs!r}")
         self.num_envs = num_envs
         self.single_observation_space, self.single_action_space = _spaces(
-            distractors, observation, task, horizon, render_mode
+            distractors, observation, task, horizon, render_mode, frame_stack
         )
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.distractors, self.observation, self.task = distractors, observation, task
-        self.horizon, self.render_mode = horizon, render_mode
+        self.horizon, self.render_mode, self.frame_stack = horizon, render_mode, frame_stack
         self.generators = None  # one per environment, drawn from only at a start
         self.states = self.shapes = None  # (N, K, 4) and (N, K) once reset
 
@@ -457,28 +469,29 @@ class SpritesVectorEnv(gym.vector.VectorEnv):
         self._restart()
         if options:
             self.states, self.shapes = _given_start(options, self.states, self.shapes, self.task)
-        return _observe(self.states, self.shapes, self.observation), {}
+            self.recent = [self.states] * self.frame_stack
+        return _observe(self.recent, self.shapes, self.observation), {}
 
     def _restart(self):
         uniform = np.empty((self.num_envs, 2 + self.distractors, 5))
         for generator, row in zip(self.generators, uniform):
             generator.random(out=row)
         self.states, self.shapes = _start(uniform, self.task)
-        self.elapsed = 0
+        self.recent, self.elapsed = [self.states] * self.frame_stack, 0
 
     def step(self, actions):
         if self.states is None:
             raise RuntimeError("call reset before step")
         self.states = act(self.states, _checked(actions, (self.num_envs, 2)), self.task)
-        self.elapsed += 1
+        self.recent, self.elapsed = [*self.recent[1:], self.states], self.elapsed + 1
         rewards, info = reward(self.states, self.task), {}
         terminated = np.zeros(self.num_envs, bool)
         truncated = np.full(self.num_envs, self.elapsed >= self.horizon)
         if truncated[0]:  # in lockstep: all of them
-            info["final_obs"] = _observe(self.states, self.shapes, self.observation)
+            info["final_obs"] = _observe(self.recent, self.shapes, self.observation)
             info["_final_obs"] = truncated.copy()
             self._restart()
-        obs = _observe(self.states, self.shapes, self.observation)
+        obs = _observe(self.recent, self.shapes, self.observation)
         return obs, rewards, terminated, truncated, info
 
     def render(self):

@@ -10,6 +10,8 @@
     python benchmark/study.py --study grasp2vec            objects by subtraction
     python benchmark/study.py --study pretext              what each pretext task keeps, and earns
     python benchmark/study.py --study cc_rig               goals imagined in this scene, or in any
+    python benchmark/study.py --study stack                two frames at once: beyond chasing
+    python benchmark/study.py --study rounds               short rollouts: fewer steps
     python benchmark/study.py --seeds 1 --distractors 0 2  a part of it
     python benchmark/study.py --dry-run --stage pretrain   its commands, one a line, for xargs -P,
     python benchmark/study.py --dry-run --stage ppo        GNU parallel or a Slurm array
@@ -46,6 +48,8 @@ Study = Literal[
     "pretext",
     "cc_rig",
     "psrl",
+    "stack",
+    "rounds",
 ]
 Encoder = Literal[
     "oracle",
@@ -72,6 +76,9 @@ KEYS = {  # table of results: the flags that tell its runs apart
     "rig_scenes": ("distractors", "z_dim", "finetune_every", "total_steps", "seed"),
     "pretext": ("objective", "distractors", "seed"),
     "ppo_pretext": ("objective", "distractors", "seed", "total_steps"),
+    "rp_stack": ("objective", "frame_stack", "distractors", "seed"),
+    "ppo_stack": ("encoder", "frame_stack", "distractors", "seed", "total_steps"),
+    "ppo_rounds": ("encoder", "rollout_steps", "minibatches", "distractors", "seed", "total_steps"),
 }
 OBJECTIVES = (  # of pretext.py
     "inverse",
@@ -96,6 +103,9 @@ SCRIPTS = {
     "rig_scenes": "rig_td3",
     "skill": "skill_embedding",
     "ppo_pretext": "ppo_encoder",
+    "rp_stack": "rp_pretrain",
+    "ppo_stack": "ppo_encoder",
+    "ppo_rounds": "ppo_encoder",
 }
 RELABEL = {  # of rig_td3.py: shares of goals as practised, from the prior, from the future
     "mix": "0.2 0.4 0.4",
@@ -257,6 +267,27 @@ def plan_pretext(args):
     return jobs
 
 
+def plan_stack(args):
+    """Two frames at once: what shows velocities takes an image policy beyond chasing."""
+    jobs = []
+    for seed, distractors in product(args.seeds[:3], [d for d in (0, 2) if d in args.distractors]):
+        pretraining = Job("rp_stack", ("reward_prediction", 2, distractors, seed))
+        jobs.append(pretraining)
+        for encoder in ("reward_prediction", "reward_prediction_finetune", "image_scratch"):
+            needs = None if encoder == "image_scratch" else pretraining.out / "encoder.pt"
+            key = (encoder, 2, distractors, seed, args.total_steps)
+            jobs.append(Job("ppo_stack", key, needs))
+    return jobs
+
+
+def plan_rounds(args):
+    """A round of learning after 8 steps of each environment instead of 40."""
+    keys = [("oracle", 8, 8, 2, seed, 40_000) for seed in args.seeds]
+    keys += [("oracle", 40, 32, 2, seed, 40_000) for seed in args.seeds]
+    keys += [("image_scratch", 8, 8, 2, seed, args.total_steps) for seed in args.seeds[:3]]
+    return [Job("ppo_rounds", key) for key in keys]
+
+
 def read(path):
     """The rows of a CSV file as dicts of text; none if there is no such file."""
     if not path.exists():
@@ -380,7 +411,8 @@ def main(args):
         path = job.out / "encoder.pt"
         left += [job] if job not in left and path in needed and not path.exists() else []
     if args.stage != "all":
-        tables = {"pretrain": ("rp_pretrain", "pretext"), "ppo": ("ppo_encoder", "ppo_pretext")}
+        tables = {"pretrain": ("rp_pretrain", "pretext", "rp_stack")}
+        tables["ppo"] = ("ppo_encoder", "ppo_pretext", "ppo_stack")
         left = [job for job in left if job.table in tables.get(args.stage, ())]
     if args.dry_run:
         print("\n".join(" ".join(job.command) for job in left))

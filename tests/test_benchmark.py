@@ -38,7 +38,7 @@ def plot(monkeypatch):
 
 def test_plan(study, monkeypatch):
     loaded = []
-    monkeypatch.setattr(ppo_encoder, "load_encoder", lambda path, name: loaded.append(path))
+    monkeypatch.setattr(ppo_encoder, "load_encoder", lambda path, args: loaded.append(path))
     jobs = study.plan(study.Args())
     tables = [job.table for job in jobs]
     assert tables.count("ppo_encoder") == 7 * 3 * 5 and tables.count("rp_pretrain") == 2 * 3 * 5

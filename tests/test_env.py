@@ -23,10 +23,11 @@ def test_gymnasium_checker_is_silent(observation, distractors):
         check_env(env.unwrapped)
 
 
-@pytest.mark.parametrize("observation", ["image", "state"])
+@pytest.mark.parametrize("observation, stack", [("image", 1), ("image", 3), ("state", 1)])
 @pytest.mark.parametrize("task", ["follow", "repel", "reach", "push"])
-def test_vector_equals_single_environments(observation, task):
+def test_vector_equals_single_environments(observation, stack, task):
     options = {"distractors": 2, "observation": observation, "task": task, "horizon": 5}
+    options |= {"frame_stack": stack}
     vector = gymnasium.make_vec("Sprites-v0", num_envs=3, **options)
     assert isinstance(vector, SpritesVectorEnv)
     singles = [gymnasium.make("Sprites-v0", **options) for _ in range(3)]
@@ -51,6 +52,33 @@ def test_vector_equals_single_environments(observation, task):
                 np.testing.assert_array_equal(info["final_obs"][i], obs)
                 obs, _ = env.reset()
             np.testing.assert_array_equal(obs, batch[i])
+
+
+@pytest.mark.parametrize("make", [SpritesEnv, SpritesVectorEnv])
+def test_stacked_frames(make):
+    """The newest last; at a start, from a given state too, the first frame three times."""
+    env, plain = make(horizon=4, frame_stack=3), make(horizon=4)
+    single = make is SpritesEnv
+    assert getattr(env, "observation_space" if single else "single_observation_space").shape == (
+        3,
+        64,
+        64,
+    )
+    pixels = lambda obs: obs if single else obs[0]  # noqa: E731
+    actions = np.full(2 if single else (1, 2), 0.7)
+    state = np.array([[0.2, 0.3, 0, 0], [0.5, 0.6, 0.05, -0.05]])
+    for options in (None, {"state": state if single else state[None]}):
+        frame = pixels(plain.reset(seed=3, options=options)[0])[0]
+        seen = [frame] * 3
+        np.testing.assert_array_equal(pixels(env.reset(seed=3, options=options)[0]), seen)
+        for t in range(1, 5):
+            obs, *_, info = env.step(actions)
+            last, *_, told = plain.step(actions)
+            if t == 4 and not single:
+                obs, last = info["final_obs"], told["final_obs"]
+            seen = [*seen[1:], pixels(last)[0]]
+            np.testing.assert_array_equal(pixels(obs), seen)
+        assert (seen[0] != seen[1]).any() and (seen[1] != seen[2]).any()
 
 
 def test_observations_are_fresh_memory():
@@ -214,7 +242,8 @@ def test_score():
 @pytest.mark.parametrize(
     "option",
     [{"distractors": -1}, {"observation": "sound"}, {"task": "sleep"}, {"horizon": 0}]
-    + [{"render_mode": "human"}, {"distractors": True}, {"horizon": 4.0}, {"horizon": True}],
+    + [{"render_mode": "human"}, {"distractors": True}, {"horizon": 4.0}, {"horizon": True}]
+    + [{"frame_stack": 0}, {"frame_stack": 2.0}, {"frame_stack": 2, "observation": "state"}],
 )
 def test_bad_options_are_named(option):
     for make in (SpritesEnv, SpritesVectorEnv):

@@ -29,12 +29,12 @@ def tiny(out="unused", **changes):
     return ppo.Args(**TINY | changes, out=str(out))
 
 
-def save_encoder(path, objective, batch_norm=False, z_dim=5):
-    """As rp_pretrain.py does, but without training."""
-    args = rp_pretrain.Args(objective=objective, batch_norm=batch_norm, z_dim=z_dim)
+def save_encoder(path, objective, batch_norm=False, z_dim=5, **stack):
+    """As rp_pretrain.py does (once without a word on stacks), but without training."""
+    args = rp_pretrain.Args(objective=objective, batch_norm=batch_norm, z_dim=z_dim, **stack)
     encoder = rp_pretrain.Model(args, "cpu").encoder
-    encoder(torch.rand(9, 1, 64, 64))  # running statistics unlike those of a fresh network
-    saved = {"objective": objective, "z_dim": z_dim, "batch_norm": batch_norm}
+    encoder(torch.rand(9, args.frame_stack, 64, 64))  # running statistics unlike a fresh network's
+    saved = {"objective": objective, "z_dim": z_dim, "batch_norm": batch_norm} | stack
     torch.save(saved | {"encoder": encoder.state_dict()}, path)
     return encoder
 
@@ -192,6 +192,21 @@ def test_what_was_pretrained_is_loaded(tmp_path, name, batch_norm):
     assert torch.equal(before(frames), after(frames))
 
 
+def test_stacked_frames(tmp_path):
+    """Every network of images sees both frames; a pretrained one as many as it was trained with."""
+    path = str(tmp_path / "encoder.pt")
+    before = save_encoder(path, "reward_prediction", frame_stack=2).eval()
+    frames = torch.rand(3, 2, 64, 64)
+    args = tiny(encoder="reward_prediction", encoder_path=path, frame_stack=2)
+    assert torch.equal(before(frames), ppo.make_encoder(args).eval()(frames))
+    assert ppo.make_env(args, 5).observation_space.shape == (5, 2, 64, 64)
+    assert args.run_name == "reward_prediction_stack2_d1_s1"
+    for name in ("cnn", "image_scratch"):
+        encoder = ppo.make_encoder(tiny(encoder=name, frame_stack=2))
+        z = encoder(frames)
+        assert all((encoder(frames * mask) != z).any() for mask in (torch.eye(2)[..., None, None]))
+
+
 @pytest.mark.parametrize("name", ["pretrained", "pretrained_finetune"])
 def test_any_objective_will_do_for_pretrained(tmp_path, name):
     """And its run is told apart from those with other encoders."""
@@ -205,8 +220,10 @@ def test_any_objective_will_do_for_pretrained(tmp_path, name):
     assert (name in ppo.FROZEN) == (name == "pretrained")
 
 
-@pytest.mark.parametrize("name", ["reward_prediction_finetune", "image_reconstruction"])
-def test_a_missing_encoder_is_pretrained(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(
+    "name, stack", [("reward_prediction_finetune", 2), ("image_reconstruction", 1)]
+)
+def test_a_missing_encoder_is_pretrained(tmp_path, monkeypatch, name, stack):
     """By a program of its own, once, with flags that it knows; here it is called in process."""
     monkeypatch.chdir(tmp_path)
     commands, real_run = [], subprocess.run
@@ -220,15 +237,16 @@ def test_a_missing_encoder_is_pretrained(tmp_path, monkeypatch, name):
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(ppo.subprocess, "run", run)
-    args = tiny(encoder=name, seed=5, distractors=2)
+    args = tiny(encoder=name, seed=5, distractors=2, frame_stack=stack)
     encoder = ppo.make_encoder(args)
     (command,) = commands
     assert command[0] == sys.executable
     assert Path(command[1]) == Path(ppo.__file__).with_name("rp_pretrain.py")
     objective = name.removesuffix("_finetune")
-    folder = tmp_path / "runs" / "rp_pretrain" / f"{objective}_d2_s5"
+    stacked = "_stack2" if stack == 2 else ""
+    folder = tmp_path / "runs" / "rp_pretrain" / f"{objective}{stacked}_d2_s5"
     written = json.loads((folder / "args.json").read_text())["arguments"]
-    shared = ("distractors", "seed", "device", "torch_threads")
+    shared = ("distractors", "frame_stack", "seed", "device", "torch_threads")
     assert {k: written[k] for k in shared} == {k: getattr(args, k) for k in shared}
     assert written["objective"] == objective
     saved = torch.load(folder / "encoder.pt")["encoder"]
@@ -554,6 +572,8 @@ def test_run_name():
         ("--encoder oracle --clip -1", "--clip must be positive and below 2**31, not -1.0"),
         ("--num-envs 1 --minibatches 21", "--minibatches must be at most half of a rollout, 20"),
         ("--encoder oracle --encoder-path text.pt", "--encoder-path is of no use"),
+        ("--encoder oracle --frame-stack 2", "--frame-stack is of no use to --encoder oracle"),
+        ("--encoder-path two.pt", "it sees 2 frames at once, --frame-stack 1"),
         ("--encoder oracle --seed -1", "--seed must be 0 or more and below 2**31, not -1"),
         ("--encoder oracle --device cuda", "--device cuda, but PyTorch finds no CUDA device"),
         (f"--encoder oracle --out {'long' * 99}", "cannot write to longlong"),
@@ -574,6 +594,7 @@ def test_bad_input_gets_one_clear_line(tmp_path, monkeypatch, capsys, flags, mes
     Path("text.pt").write_text("not a checkpoint")
     save_encoder("good.pt", "reward_prediction")
     save_encoder("other.pt", "image_reconstruction")
+    save_encoder("two.pt", "reward_prediction", frame_stack=2)
     good = torch.load("good.pt")
     torch.save(good | {"encoder": {"weight": torch.zeros(3)}}, "foreign.pt")
     good["encoder"]["to_z.bias"][0] = math.nan

@@ -236,6 +236,15 @@ def test_sample_batch():
             i, j = (63 * rewards[b, n, [2, 0]]).int().tolist()
             assert frames[2 * b + n, 0, i - 5 : i + 5, j - 5 : j + 5].all()  # the square
     assert torch.equal(rewards[..., 1], torch.from_numpy(trajectories[2]["follow"]))
+    stacked = tiny(distractors=2, conditioning_frames=2, frame_stack=3)
+    stacks, rewards = rp.sample_batch(np.random.default_rng(5), 4, stacked, "cpu")
+    trajectories = sprites_env.sample_trajectories(np.random.default_rng(5), 4, 12, 2)
+    for b in range(4):  # the first reward belongs to the newest frame of the first stack
+        for n in range(2):
+            expected = torch.from_numpy(trajectories[0][b, n : n + 3] / 255)
+            assert torch.equal(stacks[2 * b + n].double(), expected)
+    expected = np.stack([trajectories[2][name][:, 2:] for name in rp.POSITIONS], axis=-1)
+    assert torch.equal(rewards, torch.from_numpy(expected))
     once = tiny(objective="image_reconstruction")
     assert rp.sample_batch(np.random.default_rng(5), 4, once, "cpu")[0].shape == (4, 1, 64, 64)
 
@@ -249,6 +258,12 @@ def test_probe_data():
         for k, half in ((0, 2), (1, 5)):  # well inside circle and square
             i, j = (63 * positions[n, 2 * k : 2 * k + 2]).int().tolist()
             assert frames[n, 0, i - half : i + half, j - half : j + half].all()
+    stacks, newest = rp.probe_data(2, "cpu", 2)  # a step later
+    assert stacks.shape == (3000, 2, 64, 64) and torch.equal(stacks[:, 0], frames[:, 0])
+    moved = (newest - positions).abs()
+    assert 0 < moved.max() <= 0.05 + 1e-9 and (stacks[:, 1] != stacks[:, 0]).any()
+    i, j = (63 * newest[7, 2:4]).int().tolist()
+    assert stacks[7, 1, i - 5 : i + 5, j - 5 : j + 5].all()
     _, other = rp.sample_batch(np.random.default_rng(10**9), 500, tiny(), "cpu")
     assert not torch.isin(positions[:, 0].float(), other[:, 0, 0]).any()  # nor the held-out ones
 

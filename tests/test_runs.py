@@ -363,7 +363,7 @@ def test_an_encoder_is_not_lost(tmp_path):
 CHANGES = {  # another value for each flag that must change what is learnt
     "rp_pretrain": {"objective": "image_reconstruction", "tasks": ("target_x",), "distractors": 1}
     | {"updates": 3, "batch_size": 3, "conditioning_frames": 2, "horizon": 5, "seed": 2}
-    | {"learning_rate": 1e-3, "z_dim": 8, "batch_norm": True},
+    | {"learning_rate": 1e-3, "z_dim": 8, "batch_norm": True, "frame_stack": 2},
     "ppo_encoder": {
         "distractors": 0,
         "task": "repel",
@@ -408,6 +408,7 @@ CHANGES = {  # another value for each flag that must change what is learnt
 }
 BASIS = {"rig_td3": {"total_steps": 80}, "curl": {"tau": 0.05}, "awac": {"total_steps": 80}}
 FIRST = {  # flags of one variant only
+    "ppo_encoder": {"frame_stack": ({"encoder": "cnn"}, 2)},
     "awac": {"alpha": ({"algorithm": "sac_from_buffer"}, 0.5)},
     "pretext": {
         "contrast": ({"objective": "shuffle"}, 0.5),
