@@ -129,7 +129,8 @@ def run(bug, out):
         points = [(int(row["step"]), float(row[bug["column"]])) for row in curve]
         rows += [(which, *point) for point in points]
         axis.plot(*zip(*points), ".-", color=colour, label=which)
-    axis.set(xlabel=f"{bug['script']} {bug['flags']}", ylabel=bug["column"])
+    axis.set_xlabel(f"{bug['script']} {bug['flags']}", size=8)
+    axis.set_ylabel(bug["column"])
     axis.set_title(bug["question"], size=8, wrap=True)
     axis.legend(frameon=False)
     Path(out).mkdir(parents=True, exist_ok=True)
