@@ -111,11 +111,12 @@ def execute(script, n, label, flags, wanted):
     if not (folder / "run" / "summary.json").exists():
         where = os.environ | {"PYTHONPATH": str(ROOT)}  # for sprites_env
         code = subprocess.run([sys.executable, *words, "--overwrite"], env=where).returncode
-        if code:
-            raise SystemExit(f"error: python {' '.join(words)} ended with {code}")
-    summary = flat(json.loads((folder / "run" / "summary.json").read_text()))
-    curve = read_table(folder / "run" / "curve.csv")
-    if "picture" in wanted:
+    curve, summary = read_table(folder / "run" / "curve.csv"), {}
+    if (folder / "run" / "summary.json").exists():
+        summary = flat(json.loads((folder / "run" / "summary.json").read_text()))
+    elif not curve:  # a run that diverges leaves what it reported until then: an answer, too
+        raise SystemExit(f"error: python {' '.join(words)} ended with {code}")
+    if summary and "picture" in wanted:
         name = f"{script}_{n}_{folder.name}.png"
         shutil.copy(folder / "run" / wanted["picture"], RESULTS / name)
     return rows_of(label, f"{script}.py {flags}".strip(), 1, curve, summary, wanted)
@@ -140,7 +141,8 @@ def draw(rows, wanted, path):
             mine = [row for row in rows if (row["label"], row["measure"]) == (label, name)]
             if i == 0 and "curve" in wanted:
                 points = [(int(r["step"]), float(r["value"])) for r in mine if r["step"] != "end"]
-                axis.plot(*zip(*points), color=colours[label], label=label)
+                axis.plot(*zip(*points), ".-", color=colours[label], label=label, ms=3)
+                axis.locator_params(axis="x", nbins=4)
                 continue
             values = [float(row["value"]) for row in mine if row["step"] == "end"]
             axis.plot([place] * len(values), values, "o", color=colours[label], ms=4)
