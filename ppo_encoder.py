@@ -47,8 +47,9 @@ Differs from the paper
     5. The 40-step limit truncates: it ends the advantage's trace, not the bootstrap.
     6. Advantages are standardised in each minibatch, the gradient's norm is clipped, and there is
        no entropy bonus.
-    7. All seven get one frame and the same settings, chosen for image_scratch and oracle. z has 64
-       numbers, but 1,024 with cnn, and 8 to 16 with oracle.
+    7. All seven get the same settings, chosen for image_scratch and oracle, and one frame; with
+       --frame-stack 2 they see velocities, too. z has 64 numbers, but 1,024 with cnn, and 8 to 16
+       with oracle.
 
 Run
     python ppo_encoder.py --encoder reward_prediction

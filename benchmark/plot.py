@@ -90,6 +90,11 @@ PRETEXTS = {  # objectives of pretext.py, and the measure of whether each is met
 }
 CONTEXTS = {"CC-RIG": ("r-", {"context": "frame"}), "no context": ("b--", {"context": "none"})}
 KEPT = ("agent", "agent_displacement", "target", "target_velocity", "distractors")
+ROUNDS = {
+    "oracle, 8 steps": ("r-", {"encoder": "oracle", "rollout_steps": 8}),
+    "oracle, 40 steps": ("k-", {"encoder": "oracle", "rollout_steps": 40}),
+    "image_scratch, 8 steps": ("b--", {"encoder": "image_scratch", "rollout_steps": 8}),
+}
 NEW_TASKS = ("interpolation", "sequencing")
 RETURN, THOUSANDS = "eval_return_mean", "environment steps (thousands)"
 BELOW = {"loc": "outside lower center", "ncols": 7, "fontsize": 8}  # a legend of all encoders
@@ -346,6 +351,54 @@ def returns_table(curves, finals):
     titles = "encoder | 0 distractors | 1 | 2 | score at 2 | minutes | seconds to 36.0 at 0"
     below = f"Seeds {seeds(finals)}; {int(finals[0]['steps']):,} environment steps."
     return table(titles, lines, below)
+
+
+def stack_figure(curves, finals):
+    """Three encoders that see two frames at once."""
+    figure, axes = panels(10, 4, 1, 2, sharey=True)
+    shown = {f"{d} distractors, two frames at once": (d, ENCODERS) for d in (0, 2)}
+    draw_encoders(axes, curves, shown, "return of a 40-step episode", size=11)
+    figure.legend(*axes[0].get_legend_handles_labels(), **BELOW)
+    return figure
+
+
+def stack_table(curves, finals):
+    """Final returns with two frames at once, each seed."""
+    lines = []
+    for name, _, rows in split(finals, ENCODERS):
+        runs = [where(rows, distractors=d) for d in (0, 2)]
+        seeds_of = [", ".join(f"{x:.2f}" for x in values_of(r, RETURN)) for r in runs]
+        cells = [cell for r, s in zip(runs, seeds_of) for cell in (mean(r, RETURN, 2), s)]
+        lines.append([f"`{name}`", *cells, minutes(rows)])
+    titles = "encoder | 0 distractors | its seeds | 2 distractors | its seeds | minutes"
+    return table(titles, lines, f"Seeds {seeds(finals)}; {int(finals[0]['steps']):,} steps.")
+
+
+def rounds_figure(curves, finals):
+    """Return against steps, for short rollouts and for the usual ones."""
+    figure, axes = panels(10, 3.8, 1, 2, sharey=True)
+    groups = list(split(curves, ROUNDS))
+    for axis, group in zip(axes, (groups[:2], groups[2:])):
+        draw_returns(axis, curves, {}, 0.02, " ")
+        for name, style, rows in group:
+            draw_curve(axis, rows, "eval_return", name, style)
+        axis.set(xlabel=THOUSANDS)
+        axis.legend(loc="lower right", fontsize=8)
+    axes[0].set(ylabel="return of a 40-step episode")
+    return figure
+
+
+def rounds_table(curves, finals):
+    """What short rollouts earn, and the steps that they need."""
+    lines = []
+    for name, _, rows in split(finals, ROUNDS):
+        here = runs_of(next(rows for kind, _, rows in split(curves, ROUNDS) if kind == name))
+        reached = [[row["step"] for row in run if row["eval_return"] >= 37.5] for run in here]
+        first = sorted(min(steps) for steps in reached if steps)
+        first = f"{first[0]:,.0f} to {first[-1]:,.0f}" if all(reached) else "-"
+        lines.append([name, f"{rows[0]['steps']:,.0f}", mean(rows, RETURN, 2), first])
+    titles = "encoder, steps of a rollout | steps in all | return | steps to 37.5"
+    return table(titles, lines, f"2 distractors; seeds {seeds(finals)} (images: 1, 2, 3).")
 
 
 def pretraining_table(curves, finals):
@@ -815,6 +868,8 @@ STUDIES = {  # what is made of its results: figures by file, tables by name
         "returns": returns_table,
     },
     "rp_pretrain": {"decoder_probe.png": decoder_probe, "pretraining": pretraining_table},
+    "ppo_stack": {"stack.png": stack_figure, "two frames at once": stack_table},
+    "ppo_rounds": {"rounds.png": rounds_figure, "short rollouts": rounds_table},
     "awac": {"awac.png": awac_figure, "awac": awac_table},
     "awac_narrow": {"awac, narrow data": awac_table},
     "curl": {"curl.png": curl_figure, "contrastive learning": curl_table},
