@@ -449,7 +449,8 @@ def test_every_flag_counts(script, tmp_path, no_pictures, monkeypatch):
 
     monkeypatch.setattr(rig_td3, "RANDOM_STEPS", 40)
     monkeypatch.setattr(rp_pretrain, "measure", lambda *_: {"mse": 1.0, "r2": 1.0})
-    monkeypatch.setattr(rp_pretrain, "probe_data", lambda *_: (torch.zeros(8, 1, 64, 64), None))
+    no_probe = lambda _, device, frames: (torch.zeros(8, frames, 64, 64), None)  # noqa: E731
+    monkeypatch.setattr(rp_pretrain, "probe_data", no_probe)
     before = weights(script, tmp_path / "before")
     assert weights(script, tmp_path / "again") == before
     for name, value in CHANGES[script].items():
