@@ -207,6 +207,11 @@ def test_update_reconstruction(model, encoder_learns):
     assert got.item() == pytest.approx(loss.item(), rel=1e-5) and not got.requires_grad
 
 
+def test_stacks_are_seen_and_drawn():
+    model, frames = rp.Model(tiny(frame_stack=3), "cpu"), torch.rand(2, 3, 64, 64)
+    assert model.decoder(model.encoder(frames)).shape == frames.shape
+
+
 def test_learning_rate_by_hand():
     """8,000 updates: a warm-up over a twentieth, 400. 1,000: over 200. Times (1 + cos) / 2."""
     long, short = tiny(updates=8000), tiny(updates=1000, learning_rate=1.0)
