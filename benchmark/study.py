@@ -78,6 +78,8 @@ KEYS = {  # table of results: the flags that tell its runs apart
     "ppo_pretext": ("objective", "distractors", "seed", "total_steps"),
     "rp_stack": ("objective", "frame_stack", "distractors", "seed"),
     "ppo_stack": ("encoder", "frame_stack", "distractors", "seed", "total_steps"),
+    "rp_stack_long": ("objective", "frame_stack", "updates", "distractors", "seed"),
+    "ppo_stack_long": ("encoder", "frame_stack", "distractors", "seed", "total_steps"),
     "ppo_rounds": ("encoder", "rollout_steps", "minibatches", "distractors", "seed", "total_steps"),
 }
 OBJECTIVES = (  # of pretext.py
@@ -105,6 +107,8 @@ SCRIPTS = {
     "ppo_pretext": "ppo_encoder",
     "rp_stack": "rp_pretrain",
     "ppo_stack": "ppo_encoder",
+    "rp_stack_long": "rp_pretrain",
+    "ppo_stack_long": "ppo_encoder",
     "ppo_rounds": "ppo_encoder",
 }
 RELABEL = {  # of rig_td3.py: shares of goals as practised, from the prior, from the future
@@ -268,15 +272,18 @@ def plan_pretext(args):
 
 
 def plan_stack(args):
-    """Two frames at once: what shows velocities takes an image policy beyond chasing."""
-    jobs = []
+    """Two frames at once, which show velocities, take an image policy beyond chasing; and so does
+    pretraining for three times as long."""
+    jobs, frozen = [], "reward_prediction"
     for seed, distractors in product(args.seeds[:3], [d for d in (0, 2) if d in args.distractors]):
-        pretraining = Job("rp_stack", ("reward_prediction", 2, distractors, seed))
-        jobs.append(pretraining)
-        for encoder in ("reward_prediction", "reward_prediction_finetune", "image_scratch"):
-            needs = None if encoder == "image_scratch" else pretraining.out / "encoder.pt"
-            key = (encoder, 2, distractors, seed, args.total_steps)
-            jobs.append(Job("ppo_stack", key, needs))
+        jobs.append(Job("ppo_stack", ("image_scratch", 2, distractors, seed, args.total_steps)))
+        short = Job("rp_stack", (frozen, 2, distractors, seed))
+        long = Job("rp_stack_long", (frozen, 2, 24_000, distractors, seed))
+        for pretraining, table in ((short, "ppo_stack"), (long, "ppo_stack_long")):
+            jobs.append(pretraining)
+            for encoder in (frozen, frozen + "_finetune"):
+                key = (encoder, 2, distractors, seed, args.total_steps)
+                jobs.append(Job(table, key, pretraining.out / "encoder.pt"))
     return jobs
 
 
@@ -411,8 +418,8 @@ def main(args):
         path = job.out / "encoder.pt"
         left += [job] if job not in left and path in needed and not path.exists() else []
     if args.stage != "all":
-        tables = {"pretrain": ("rp_pretrain", "pretext", "rp_stack")}
-        tables["ppo"] = ("ppo_encoder", "ppo_pretext", "ppo_stack")
+        tables = {"pretrain": ("rp_pretrain", "pretext", "rp_stack", "rp_stack_long")}
+        tables["ppo"] = ("ppo_encoder", "ppo_pretext", "ppo_stack", "ppo_stack_long")
         left = [job for job in left if job.table in tables.get(args.stage, ())]
     if args.dry_run:
         print("\n".join(" ".join(job.command) for job in left))
