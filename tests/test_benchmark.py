@@ -51,6 +51,25 @@ def test_plan(study, monkeypatch):
     assert loaded == [job.needs.as_posix() for job in jobs if job.needs]
 
 
+def test_plans_of_stacks_and_rounds(study, monkeypatch):
+    """Each encoder is made, with as many frames, before it is needed."""
+    monkeypatch.setattr(ppo_encoder, "load_encoder", lambda path, args: None)
+    made = {}
+    for job in study.plan(study.Args(study="stack")) + study.plan(study.Args(study="rounds")):
+        script = {"ppo_encoder.py": ppo_encoder, "rp_pretrain.py": rp_pretrain}[job.command[1]]
+        args = script.tyro.cli(script.Args, args=job.command[2:])
+        if script is rp_pretrain:
+            made[job.out / "encoder.pt"] = args
+        elif args.encoder.startswith("reward_prediction"):
+            source = made[job.needs]
+            for name in ("frame_stack", "distractors", "seed"):
+                assert getattr(source, name) == getattr(args, name)
+            assert source.updates == (24_000 if job.table == "ppo_stack_long" else 8_000)
+        else:
+            assert not job.needs
+    assert len(made) == 12
+
+
 def test_plans_of_the_other_studies(study):
     scripts = {"single_task": rp_pretrain, "awac": awac, "curl": curl, "rig": rig_td3}
     scripts |= {"skill": skill_embedding}
