@@ -148,6 +148,9 @@ def draw(rows, wanted, path):
             axis.plot([place] * len(values), values, "o", color=colours[label], ms=4)
             axis.set_xlim(-0.5, len(labels) - 0.5)
             axis.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
+        low, high = axis.get_ylim()
+        if high - low < 0.01 * abs(high):  # the same to a hundredth: draw it as the same
+            axis.set_ylim(0.99 * low, 1.01 * high)
         if i == 0 and "curve" in wanted:
             axis.legend(frameon=False, fontsize=7)
     figure.savefig(path, dpi=90)
