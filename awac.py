@@ -46,8 +46,8 @@ Differs from the paper
        deviation is 0.10 to 0.16. Batches of 256, two hidden layers of 128, learning rate 1e-3,
        10,000 offline updates instead of 1,024, 256, 3e-4, 25,000: minutes a run, not hours.
     2. γ = 0.9 instead of 0.99: episodes have 40 steps, and what an action is worth shows in few.
-    3. In (1) Q is the smaller of the twins, and V(s) that at the policy's mean action, not E_π[Q];
-       --value-estimate sample has one sample of π there, as (3) has. The authors' code has both.
+    3. In (1) Q is the smaller of the twins, and V(s) that at the policy's mean action, not E_π[Q]:
+       one of the two estimates in the authors' code; the other is at a sample, as in (3).
     4. Weights are clipped at 100; the authors' softmax over the batch is --weighting softmax.
     5. No weight decay. States are standardised with mean and standard deviation of states of the
        dataset (also for --algorithm sac, which sees nothing else of it).
@@ -117,8 +117,8 @@ class Args:
     algorithm: Algorithm = "awac"  # what to do with the data
     lam: float = 0.03  # λ, in units of the advantage: small is greedy, large is cloning
     weighting: Literal["exp", "softmax"] = "exp"  # exp(A/λ), at most 100; or B softmax(A/λ)
-    value_estimate: Literal["mean", "sample"] = "mean"  # V(s): Q at the mean action, or at a sample
     mixture: tuple[float, float, float] = (0.2, 0.4, 0.4)  # expert, follows a distractor, random
+    switch_every: int = 0  # steps after which each episode draws a new behaviour; 0: it has one
     episodes: int = 500  # of the dataset, 40 transitions each
     dataset: str | None = None  # an .npz of transitions to use instead (see `load_dataset`)
     save_dataset: str | None = None  # write the dataset to this .npz
@@ -141,7 +141,7 @@ class Args:
     overwrite: bool = False  # redo a finished run
 
     def __post_init__(self):
-        require_positive(self, but="mixture offline_updates total_steps gamma alpha")
+        require_positive(self, but="mixture switch_every offline_updates total_steps gamma alpha")
         require(self.gamma < 1 and self.tau <= 1, "--gamma must be below 1, --tau not above")
         shares = abs(sum(self.mixture) - 1) < 1e-6
         require(shares, "--mixture must be three shares that add up to 1")
@@ -391,9 +391,7 @@ def update_policy(agent, batch, args):
     weights, metrics = torch.ones(len(a), device=a.device), {}
     if args.algorithm == "awac":
         with torch.no_grad():
-            at_mean = args.value_estimate == "mean"
-            a_new = mean if at_mean else sample_gaussian(mean, log_std)
-            value = agent.critic(s, a_new.clamp(-1, 1)).amin(0)  # V(s), (B,)
+            value = agent.critic(s, mean).amin(0)  # V(s), (B,)
             advantage = agent.critic(s, a).amin(0) - value
         weights = awac_weights(advantage, args.lam, args.weighting)
         metrics["sample_size"] = effective_sample_size(weights)
@@ -454,15 +452,23 @@ def make_env(args, num_envs, **options):
     return sprites_env.SpritesVectorEnv(num_envs, **args.environment, **options)
 
 
-def collect_dataset(env, mixture, seed):
-    """One episode of each environment, a share mixture[i] of them controlled by BEHAVIOURS[i].
+def collect_dataset(env, mixture, seed, switch_every=0):
+    """One episode of each environment, a share mixture[i] of them controlled by BEHAVIOURS[i]; or
+    each by one that is drawn anew, with these probabilities, after every `switch_every` steps: then
+    no episode is good from end to end, and good stretches must be told from bad ones.
 
     Returns COLUMNS; the transitions of an episode follow each other."""
-    bounds = np.rint(env.num_envs * np.cumsum(mixture[:-1])).astype(int)
-    rng, rollout, episodes = np.random.default_rng(seed), [], sprites_env.Episodes(env, seed)
+    N, rng = env.num_envs, np.random.default_rng(seed)
+    bounds = np.rint(N * np.cumsum(mixture[:-1])).astype(int)
+    behaviour = np.searchsorted(bounds, np.arange(N), side="right")  # (N,): who controls which
+    rollout, episodes = [], sprites_env.Episodes(env, seed)
     while not episodes.finished:  # in lockstep: all end together
-        parts, obs = zip(BEHAVIOURS, np.split(env.states, bounds)), episodes.obs
-        actions = np.concatenate([behave(rng, states) for behave, states in parts if len(states)])
+        if switch_every and len(rollout) % switch_every == 0:
+            behaviour = rng.choice(len(mixture), N, p=np.divide(mixture, sum(mixture)))
+        obs, actions = episodes.obs, np.zeros((N, 2))
+        for i, behave in enumerate(BEHAVIOURS):
+            if (mine := behaviour == i).any():
+                actions[mine] = behave(rng, env.states[mine])
         successors, rewards, terminated, truncated = episodes.step(actions)
         rollout.append((obs, actions, rewards, successors, terminated, truncated))
     columns = [np.stack(column, axis=1) for column in zip(*rollout)]  # each (N, T, ...)
@@ -588,7 +594,8 @@ def train(args):
     if args.dataset:
         data = load_dataset(args.dataset, env.single_observation_space, env.single_action_space)
     else:
-        data = collect_dataset(make_env(args, args.episodes), args.mixture, args.seed * 100_000)
+        env_of_data = make_env(args, args.episodes)
+        data = collect_dataset(env_of_data, args.mixture, args.seed * 100_000, args.switch_every)
     run = Run(args, total=args.updates_offline + online)
     if args.save_dataset:
         save_dataset(Path(args.save_dataset), data)

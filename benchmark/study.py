@@ -3,6 +3,7 @@
     python benchmark/study.py --jobs 2                     encoders x distractors x seeds: hours
     python benchmark/study.py --study single_task          pretraining on one reward alone
     python benchmark/study.py --study awac                 offline data, then online
+    python benchmark/study.py --study stitching            offline data without a good episode
     python benchmark/study.py --study rig                  imagined goals
     python benchmark/study.py --study curl                 contrastive loss or augmentation?
     python benchmark/study.py --study psrl                 what do features learn from a flow?
@@ -41,6 +42,7 @@ Study = Literal[
     "encoders",
     "single_task",
     "awac",
+    "stitching",
     "curl",
     "rig",
     "skill",
@@ -67,6 +69,15 @@ KEYS = {  # table of results: the flags that tell its runs apart
     "rp_single_task": ("tasks", "distractors", "seed"),
     "awac": ("algorithm", "lam", "seed", "total_steps"),
     "awac_narrow": ("algorithm", "mixture", "seed", "total_steps"),
+    "awac_stitched": (
+        "algorithm",
+        "mixture",
+        "switch_every",
+        "episodes",
+        "offline_updates",
+        "seed",
+        "total_steps",
+    ),
     "curl": ("mode", "distractors", "seed"),
     "psrl": ("mode", "distractors", "seed"),
     "rig": ("task", "goals", "goal_fractions", "seed"),
@@ -101,6 +112,7 @@ LAM_NORMS = 0.0005  # λ of grasp2vec.py: its default
 SCRIPTS = {
     "rp_single_task": "rp_pretrain",
     "awac_narrow": "awac",
+    "awac_stitched": "awac",
     "rig": "rig_td3",
     "rig_scenes": "rig_td3",
     "skill": "skill_embedding",
@@ -198,6 +210,16 @@ def plan_awac(args):
     narrow, pair = "0.2 0.8 0", ("awac", "sac_from_buffer")  # nobody acts at random
     keys = [(name, narrow, seed, 5_000) for seed in args.seeds for name in pair]
     return jobs + [Job("awac_narrow", key) for key in keys]
+
+
+def plan_stitching(args):
+    """Behaviours change within episodes, so that none is good from end to end: 200 such episodes,
+    2,000 updates, then online; the same for 10,000 updates; and 60 episodes."""
+    algorithms = ("awac", "bc", "filtered_bc", "sac_from_buffer")
+    many, few = ("0.2 0.8 0", 4, 200), ("0.4 0.6 0", 4, 60)
+    runs = ((many, 2_000, 20_000), (many, 10_000, 0), (few, 10_000, 0))
+    keys = [(*data, updates, seed, n) for seed in args.seeds for data, updates, n in runs]
+    return [Job("awac_stitched", (name, *key)) for key in keys for name in algorithms]
 
 
 def plan_curl(args):
