@@ -373,7 +373,7 @@ CHANGES = {  # another value for each flag that must change what is learnt
     }
     | {"rollout_steps": 30, "epochs": 1, "minibatches": 3, "learning_rate": 1e-3, "gamma": 0.5}
     | {"gae_lambda": 0.5, "clip": 0.01, "value_coefficient": 0.1, "max_grad_norm": 0.1},
-    "awac": {"algorithm": "bc", "lam": 1.0, "weighting": "softmax", "value_estimate": "sample"}
+    "awac": {"algorithm": "bc", "lam": 1.0, "weighting": "softmax", "switch_every": 3}
     | {
         "mixture": (0.5, 0.5, 0.0),
         "episodes": 12,
