@@ -364,14 +364,15 @@ def stack_figure(curves, finals):
 
 def stack_table(curves, finals):
     """Final returns with two frames at once, each seed."""
-    lines = []
+    lines, numbers = [], sorted(set(values_of(finals, "distractors")))
     for name, _, rows in split(finals, ENCODERS):
-        runs = [where(rows, distractors=d) for d in (0, 2)]
+        runs = [where(rows, distractors=d) for d in numbers]
         seeds_of = [", ".join(f"{x:.2f}" for x in values_of(r, RETURN)) for r in runs]
         cells = [cell for r, s in zip(runs, seeds_of) for cell in (mean(r, RETURN, 2), s)]
         lines.append([f"`{name}`", *cells, minutes(rows)])
-    titles = "encoder | 0 distractors | its seeds | 2 distractors | its seeds | minutes"
-    return table(titles, lines, f"Seeds {seeds(finals)}; {int(finals[0]['steps']):,} steps.")
+    titles = " | ".join(f"{d:.0f} distractors | its seeds" for d in numbers)
+    below = f"Seeds {seeds(finals)}; {int(finals[0]['steps']):,} steps."
+    return table(f"encoder | {titles} | minutes", lines, below)
 
 
 def rounds_figure(curves, finals):
@@ -869,6 +870,7 @@ STUDIES = {  # what is made of its results: figures by file, tables by name
     },
     "rp_pretrain": {"decoder_probe.png": decoder_probe, "pretraining": pretraining_table},
     "ppo_stack": {"stack.png": stack_figure, "two frames at once": stack_table},
+    "ppo_stack_long": {"two frames at once, longer pretraining": stack_table},
     "ppo_rounds": {"rounds.png": rounds_figure, "short rollouts": rounds_table},
     "awac": {"awac.png": awac_figure, "awac": awac_table},
     "awac_narrow": {"awac, narrow data": awac_table},

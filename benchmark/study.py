@@ -294,14 +294,17 @@ def plan_pretext(args):
 
 
 def plan_stack(args):
-    """Two frames at once, which show velocities, take an image policy beyond chasing; and so does
-    pretraining for three times as long."""
+    """Two frames at once, which show velocities, take an image policy beyond chasing; with two
+    distractors, pretraining for three times as long, too."""
     jobs, frozen = [], "reward_prediction"
     for seed, distractors in product(args.seeds[:3], [d for d in (0, 2) if d in args.distractors]):
         jobs.append(Job("ppo_stack", ("image_scratch", 2, distractors, seed, args.total_steps)))
         short = Job("rp_stack", (frozen, 2, distractors, seed))
-        long = Job("rp_stack_long", (frozen, 2, 24_000, distractors, seed))
-        for pretraining, table in ((short, "ppo_stack"), (long, "ppo_stack_long")):
+        pairs = [(short, "ppo_stack")]
+        if distractors:
+            long = Job("rp_stack_long", (frozen, 2, 24_000, distractors, seed))
+            pairs.append((long, "ppo_stack_long"))
+        for pretraining, table in pairs:
             jobs.append(pretraining)
             for encoder in (frozen, frozen + "_finetune"):
                 key = (encoder, 2, distractors, seed, args.total_steps)

@@ -67,12 +67,12 @@ def test_plans_of_stacks_and_rounds(study, monkeypatch):
             assert source.updates == (24_000 if job.table == "ppo_stack_long" else 8_000)
         else:
             assert not job.needs
-    assert len(made) == 12
+    assert len(made) == 9
 
 
 def test_plans_of_the_other_studies(study):
     scripts = {"single_task": rp_pretrain, "awac": awac, "curl": curl, "rig": rig_td3}
-    scripts |= {"skill": skill_embedding}
+    scripts |= {"skill": skill_embedding, "stitching": awac}
     plans = {name: study.plan(study.Args(study=name)) for name in scripts}
     for name, module in scripts.items():
         jobs = plans[name]
