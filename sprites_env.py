@@ -528,16 +528,18 @@ class Episodes:
         return successors, rewards, terminated, truncated
 
 
-def evaluate(policy, env, frames=None):
+def evaluate(policy, env, frames=None, gamma=1.0):
     """Returns (N,) of one fresh episode per environment. `policy` maps observations (N, ...) to
-    actions (N, A); a list `frames` collects what `env.render()` shows before each step."""
+    actions (N, A); a list `frames` collects what `env.render()` shows before each step; `gamma`
+    discounts later rewards."""
     obs, _ = env.reset(seed=10**9)
-    returns, alive = np.zeros(env.num_envs), np.ones(env.num_envs, bool)
+    returns, discount, alive = np.zeros(env.num_envs), 1.0, np.ones(env.num_envs, bool)
     while alive.any():
         if frames is not None:
             frames.append(env.render())
         obs, rewards, terminated, truncated, _ = env.step(policy(obs))
-        returns += rewards * alive
+        returns += discount * rewards * alive
+        discount *= gamma
         alive &= ~(terminated | truncated)
     return returns
 

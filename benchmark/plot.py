@@ -90,6 +90,7 @@ PRETEXTS = {  # objectives of pretext.py, and the measure of whether each is met
 }
 CONTEXTS = {"CC-RIG": ("r-", {"context": "frame"}), "no context": ("b--", {"context": "none"})}
 KEPT = ("agent", "agent_displacement", "target", "target_velocity", "distractors")
+STITCHED = ({"episodes": 200}, {"episodes": 60})  # data of the study of stitching
 ROUNDS = {
     "oracle, 8 steps": ("r-", {"encoder": "oracle", "rollout_steps": 8}),
     "oracle, 40 steps": ("k-", {"encoder": "oracle", "rollout_steps": 40}),
@@ -460,6 +461,46 @@ def awac_table(curves, finals):
     steps = f"{int(max(values_of(finals, 'total_steps'))):,} online steps"
     below = f"Mean and 95 % bootstrap interval, seeds {seeds(finals)}; {steps}."
     return table(f"{titles} | final return | minutes", lines, below)
+
+
+def stitching_figure(curves, finals):
+    """Where no episode is good: many for 10,000 updates, few, and many for 2,000, then online."""
+    figure, axes = panels(13, 4.2, 1, 3, sharey=True)
+    for axis, data in zip(axes, STITCHED):
+        for label, style, rows in split(where(curves, total_steps=0, **data), ALGORITHMS):
+            draw_curve(axis, rows, "eval_score", label, style)
+        axis.set(title=f"{data['episodes']} episodes", xlabel="offline updates (thousands)")
+    online = [row for row in curves if row["total_steps"]]
+    learners = {name: ALGORITHMS[name] for name in ("awac", "sac_from_buffer")}
+    for label, style, rows in split(online, learners):
+        draw_curve(axes[2], rows, "eval_score", label, style, start=rows[0]["offline_updates"])
+    axes[2].axvspan(-2, 0, color="grey", alpha=0.12, lw=0)
+    axes[2].set(title="200 episodes, 2,000 updates, then online", xlim=(-2, 20))
+    axes[2].set(xlabel="environment steps (thousands)")
+    for axis in axes:
+        axis.axhline(100, color="grey", lw=0.7, ls=":")
+    axes[0].set(ylabel="score: 0 random, 100 the data's expert", ylim=(-50, 112))
+    axes[0].legend(fontsize=8, loc="lower right")
+    return figure
+
+
+def stitching_table(curves, finals):
+    """Scores where no episode is good, after few updates and after many, and online."""
+    lines = []
+    for algorithm, _, rows in split(finals, ALGORITHMS):
+        cells = []
+        for data in STITCHED:
+            offline = where(rows, total_steps=0, **data)
+            first = where(curves, algorithm=algorithm, total_steps=0, step=2000, **data)
+            cells += [mean(first, "eval_score", 0), mean(offline, "offline_score", 0)]
+        online = [row for row in rows if row["total_steps"]]
+        cells += [mean(online, name, 0) for name in ("worst_online_dip", "online_score")]
+        lines.append([f"`{algorithm}`", *cells])
+    offline = "after 2,000 updates | after 10,000"
+    titles = f"algorithm | 200 episodes: {offline} | 60 episodes: {offline}"
+    titles += " | 200 episodes, 2,000 updates, then online: worst dip | final score"
+    below = f"Scores: mean and 95 % bootstrap interval, seeds {seeds(finals)}; 20,000 online steps."
+    return table(titles, lines, below)
 
 
 def draw_modes(curves, finals, styles, bars):
@@ -874,6 +915,7 @@ STUDIES = {  # what is made of its results: figures by file, tables by name
     "ppo_rounds": {"rounds.png": rounds_figure, "short rollouts": rounds_table},
     "awac": {"awac.png": awac_figure, "awac": awac_table},
     "awac_narrow": {"awac, narrow data": awac_table},
+    "awac_stitched": {"stitching.png": stitching_figure, "stitching": stitching_table},
     "curl": {"curl.png": curl_figure, "contrastive learning": curl_table},
     "psrl": {"psrl.png": psrl_figure, "paired similarity": psrl_table},
     "rig": {"rig.png": rig_figure, "imagined goals": rig_table},

@@ -603,6 +603,23 @@ def test_learn_online(monkeypatch, environment, offline):
     assert np.array_equal(new["truncated"], ended & (environment is SpritesVectorEnv))
 
 
+def test_what_the_critic_promises_and_what_comes():
+    """The smaller of the twins at the first step, and discounted rewards until the horizon."""
+    _, agent, _ = small()
+    env = SpritesVectorEnv(7, 0, "state", horizon=3)
+    obs, _ = env.reset(seed=10**9)
+    action = agent.act(obs)
+    q = agent.critic(torch.from_numpy(obs), torch.from_numpy(action))
+    found = awac.promised_and_earned(agent, env, gamma=0.5)
+    assert found["promised"] == pytest.approx(smaller(q).mean(), rel=1e-5)
+    obs, _ = env.reset(seed=10**9)
+    expected = 0
+    for t in range(3):
+        obs, reward, *_ = env.step(agent.act(obs))
+        expected += 0.5**t * reward.mean()
+    assert found["earned"] == pytest.approx(expected, rel=1e-6)
+
+
 VARIANTS = [{"algorithm": name} for name in awac.Algorithm.__args__]
 VARIANTS += [{"weighting": "softmax", "switch_every": 3}]
 VARIANTS += [{"observation": "image", "offline_updates": 2, "episodes": 3, "batch_size": 2}]
@@ -687,6 +704,7 @@ def test_what_a_run_stores_and_reports(tmp_path, monkeypatch):
     sd = saved["policy"]["log_std"].exp().mean().item()
     expected = {"eval_return": returns.mean(), "eval_score": (returns.mean() - 28.2) / 0.0975}
     expected |= {"train_return": online[1].mean(), "action_sd": sd}
+    expected |= awac.promised_and_earned(agent, SpritesVectorEnv(6, 1, "state"), 0.9)
     assert {name: rows[-1][name] for name in expected} == pytest.approx(expected, rel=1e-5)
     assert rows[-1].keys() == set(curve_columns())
     scores = {"offline_score": rows[10]["eval_score"], "online_score": rows[11]["eval_score"]}

@@ -539,6 +539,9 @@ def test_evaluation_is_one_episode_each():
 
     env = clocks((3, True), (5, False), (1, False))
     assert sprites_env.evaluate(policy, env).tolist() == [6, 15, 1] and len(calls) == 5
+    calls.clear()
+    discounted = [1 + 2 / 2 + 3 / 4, 1 + 2 / 2 + 3 / 4 + 4 / 8 + 5 / 16, 1]
+    assert sprites_env.evaluate(policy, env, gamma=0.5).tolist() == discounted
 
 
 def test_evaluation_is_held_out_and_repeats():
