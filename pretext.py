@@ -196,19 +196,21 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The encoder in reverse: z -> 64 x 64 pixels."""
+    """A linear map to a small image and transposed convolutions, each doubling its height and
+    width: z -> 64 x 64 pixels. With the default, the encoder in reverse, it starts at one pixel."""
 
-    def __init__(self, z_dim=64, frames=1):
+    def __init__(self, z_dim=64, frames=1, channels=(128, 64, 32, 16, 8, 4)):
         super().__init__()
-        channels = (128, 64, 32, 16, 8, 4, frames)
-        self.from_z = nn.Linear(z_dim, 128)
+        self.side = 64 >> len(channels)  # pixels
+        self.from_z = nn.Linear(z_dim, channels[0] * self.side**2)
         layers = []
-        for c_in, c_out in zip(channels[:-1], channels[1:]):
+        for c_in, c_out in zip(channels, (*channels[1:], frames)):
             layers += [nn.ReLU(), nn.ConvTranspose2d(c_in, c_out, 4, stride=2, padding=1)]
         self.convolutions = nn.Sequential(*layers)
 
     def forward(self, z):  # (B, Z)
-        return self.convolutions(self.from_z(z)[:, :, None, None])  # (B, S, 64, 64)
+        small = self.from_z(z).unflatten(1, (-1, self.side, self.side))
+        return self.convolutions(small)  # (B, S, 64, 64)
 
 
 def mlp(size_in, hidden, size_out):

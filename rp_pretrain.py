@@ -92,6 +92,11 @@ Task = Literal["agent_x", "agent_y", "target_x", "target_y", "follow", "repel"]
 POSITIONS = ("agent_x", "agent_y", "target_x", "target_y")  # the paper's pretraining tasks
 DECODER_EVERY = 4  # updates of the encoder, in reward prediction, to one of the decoder
 SHORTEST_WARM_UP = 200  # updates
+UPDATES = {"reward_prediction": 8_000, "image_reconstruction": 16_000}  # the defaults
+CHANNELS = {  # of the decoder: one that looks on may be small, one that trains the encoder may not
+    "reward_prediction": (128, 64, 32, 16, 8, 4),
+    "image_reconstruction": (128, 64, 32, 16),
+}
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ class Args:
     objective: Objective = "reward_prediction"  # what shapes the encoder
     tasks: tuple[Task, ...] = POSITIONS  # rewards to predict; try one alone
     distractors: Literal[0, 1, 2] = 1  # triangles in the frame
-    updates: int = 8_000  # gradient steps
+    updates: int | None = None  # gradient steps (default: 8,000; image_reconstruction 16,000)
     batch_size: int = 32  # sequences per update (B)
     conditioning_frames: int = 3  # frames that the predictor sees (N); reconstruction: 1
     horizon: int = 10  # steps to predict (T), from the first conditioning frame on
@@ -114,6 +119,8 @@ class Args:
     overwrite: bool = False  # redo a finished run
 
     def __post_init__(self):
+        if self.updates is None:
+            object.__setattr__(self, "updates", UPDATES[self.objective])
         require_positive(self)
         tasks_differ = 0 < len(set(self.tasks)) == len(self.tasks)
         require(tasks_differ, "--tasks needs at least one task, each named once")
@@ -169,19 +176,21 @@ def batch_normalized(convolutions):
 
 
 class Decoder(nn.Module):
-    """The encoder in reverse: z -> 64 x 64 pixels."""
+    """A linear map to a small image and transposed convolutions, each doubling its height and
+    width: z -> 64 x 64 pixels. With the default, the encoder in reverse, it starts at one pixel."""
 
-    def __init__(self, z_dim=64, frames=1):
+    def __init__(self, z_dim=64, frames=1, channels=(128, 64, 32, 16, 8, 4)):
         super().__init__()
-        channels = (128, 64, 32, 16, 8, 4, frames)
-        self.from_z = nn.Linear(z_dim, 128)
+        self.side = 64 >> len(channels)  # pixels
+        self.from_z = nn.Linear(z_dim, channels[0] * self.side**2)
         layers = []
-        for c_in, c_out in zip(channels[:-1], channels[1:]):
+        for c_in, c_out in zip(channels, (*channels[1:], frames)):
             layers += [nn.ReLU(), nn.ConvTranspose2d(c_in, c_out, 4, stride=2, padding=1)]
         self.convolutions = nn.Sequential(*layers)
 
     def forward(self, z):  # (B, Z)
-        return self.convolutions(self.from_z(z)[:, :, None, None])  # (B, S, 64, 64)
+        small = self.from_z(z).unflatten(1, (-1, self.side, self.side))
+        return self.convolutions(small)  # (B, S, 64, 64)
 
 
 class RewardPredictor(nn.Module):
@@ -222,7 +231,8 @@ class Model:
 
     def __init__(self, args, device):
         self.encoder = Encoder(args.z_dim, args.frame_stack)
-        self.decoder = Decoder(args.z_dim, args.frame_stack).to(device)
+        channels = CHANNELS[args.objective]
+        self.decoder = Decoder(args.z_dim, args.frame_stack, channels).to(device)
         if args.batch_norm:
             self.encoder.convolutions = batch_normalized(self.encoder.convolutions)
         self.encoder.to(device)

@@ -318,7 +318,8 @@ def decoder_probe(curves, finals):
             if not path.exists():
                 return print(f"decoder_probe.png stays as it is: {path} is missing\n")
             saved = torch.load(path, map_location="cpu")
-            encoder, decoder = rp_pretrain.Encoder(), rp_pretrain.Decoder()
+            channels = rp_pretrain.CHANNELS[saved["objective"]]
+            encoder, decoder = rp_pretrain.Encoder(), rp_pretrain.Decoder(channels=channels)
             encoder.load_state_dict(saved["encoder"])
             decoder.load_state_dict(saved["decoder"])
             with torch.no_grad():

@@ -179,9 +179,11 @@ def test_decoders_are_drawn(plot, monkeypatch, tmp_path):
         for distractors in (0, 2):
             folder = tmp_path / plot.RUNS / f"{kind}_d{distractors}_s1"
             folder.mkdir(parents=True)
-            states = {"encoder": rp_pretrain.Encoder(), "decoder": rp_pretrain.Decoder()}
-            states = {name: network.state_dict() for name, network in states.items()}
-            torch.save(states, folder / "checkpoint.pt")
+            drawn = "reconstruction" in kind
+            objective = "image_reconstruction" if drawn else "reward_prediction"
+            model = rp_pretrain.Model(rp_pretrain.Args(objective=objective), "cpu")
+            states = {k: getattr(model, k).state_dict() for k in ("encoder", "decoder")}
+            torch.save(states | {"objective": objective}, folder / "checkpoint.pt")
     monkeypatch.setattr(plot, "ROOT", tmp_path)
     figure = plot.decoder_probe([], [])
     assert [len(axis.images) for axis in figure.axes] == [1] * 48

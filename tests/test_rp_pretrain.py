@@ -127,8 +127,24 @@ def test_encoder_and_decoder():
         assert torch.allclose(gram, 2 * torch.eye(len(gram)), atol=1e-4)  # gain √2
         assert not layer.bias.any()
     assert isinstance(decoder.convolutions[-1], nn.ConvTranspose2d)  # unbounded
+    assert decoder.from_z.out_features == 128 and len(decoder.convolutions) == 12
+    coarse = rp.Decoder(8, frames=2, channels=(3, 5, 4))  # from 8 x 8 pixels
+    assert coarse.from_z.out_features == 3 * 64 and coarse(z).shape == (200, 2, 64, 64)
+    assert [layer.out_channels for layer in coarse.convolutions[1::2]] == [5, 4, 2]
     linear = [m for m in rp.mlp(2, 3, 1).modules() if isinstance(m, nn.Linear)]
     assert [layer.weight.shape for layer in linear] == [(3, 2), (3, 3), (1, 3)]
+
+
+@pytest.mark.parametrize(
+    ("objective", "channels", "updates"),
+    [("reward_prediction", 128, 8_000), ("image_reconstruction", 128 * 16, 16_000)],
+)
+def test_what_depends_on_the_objective(objective, channels, updates):
+    """A decoder that trains the encoder starts from 4 x 4 pixels, and learns for longer."""
+    args = rp.Args(objective=objective)
+    model = rp.Model(args, "cpu")
+    assert model.decoder.from_z.out_features == channels and args.updates == updates
+    assert rp.Args(objective=objective, updates=7).updates == 7
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
