@@ -485,6 +485,21 @@ def stitching_figure(curves, finals):
     return figure
 
 
+def promised_figure(curves, finals):
+    """What the critic promises at the start of an episode, and the discounted return that comes."""
+    figure, axes = panels(9, 3.8, 1, 2, sharey=True)
+    for axis, data in zip(axes, STITCHED):
+        for label in ("awac", "sac_from_buffer"):
+            colour = ALGORITHMS[label][0][0]
+            rows = where(curves, algorithm=label, total_steps=0, **data)
+            draw_curve(axis, rows, "promised", f"{label}, promised", f"{colour}-")
+            draw_curve(axis, rows, "earned", f"{label}, earned", f"{colour}--")
+        axis.set(title=f"{data['episodes']} episodes", xlabel="offline updates (thousands)")
+    axes[0].set(ylabel="discounted return, γ = 0.9")
+    axes[0].legend(fontsize=8, loc="lower right")
+    return figure
+
+
 def stitching_table(curves, finals):
     """Scores where no episode is good, after few updates and after many, and online."""
     lines = []
@@ -916,7 +931,11 @@ STUDIES = {  # what is made of its results: figures by file, tables by name
     "ppo_rounds": {"rounds.png": rounds_figure, "short rollouts": rounds_table},
     "awac": {"awac.png": awac_figure, "awac": awac_table},
     "awac_narrow": {"awac, narrow data": awac_table},
-    "awac_stitched": {"stitching.png": stitching_figure, "stitching": stitching_table},
+    "awac_stitched": {
+        "stitching.png": stitching_figure,
+        "promised.png": promised_figure,
+        "stitching": stitching_table,
+    },
     "curl": {"curl.png": curl_figure, "contrastive learning": curl_table},
     "psrl": {"psrl.png": psrl_figure, "paired similarity": psrl_table},
     "rig": {"rig.png": rig_figure, "imagined goals": rig_table},
