@@ -13,6 +13,7 @@ measured, and which picture of a run to keep. An answer is classroom/results/<sc
 import ast
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -129,12 +130,14 @@ def draw(rows, wanted, path):
     labels = list(dict.fromkeys(row["label"] for row in rows))
     colours = dict(zip(labels, ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")))
     panels = [wanted[name] for name in ["curve"] if name in wanted] + wanted["measures"]
-    figure = Figure(figsize=(2.3 * max(2, len(panels)), 2.6), layout="constrained")
-    for i, (axis, name) in enumerate(
-        zip(figure.subplots(1, len(panels), squeeze=False)[0], panels)
-    ):
-        axis.set_title(name, size=8)
-        axis.tick_params(labelsize=7)
+    lines, columns = math.ceil(len(panels) / 3), min(3, len(panels))
+    figure = Figure(figsize=(2.6 * max(2, columns), 2.6 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    for i, (axis, name) in enumerate(zip(axes, panels)):
+        axis.set_title(name, size=9)
+        axis.tick_params(labelsize=8)
         if re.match(SHARES, name):  # all on one scale: .98 beside .96 is no difference to see
             axis.set_ylim(-0.05, 1.05)
         for place, label in enumerate(labels):
@@ -143,6 +146,7 @@ def draw(rows, wanted, path):
                 points = [(int(r["step"]), float(r["value"])) for r in mine if r["step"] != "end"]
                 axis.plot(*zip(*points), ".-", color=colours[label], label=label, ms=3)
                 axis.locator_params(axis="x", nbins=4)
+                axis.set_xlabel("step (first seed)", size=8)
                 continue
             values = [float(row["value"]) for row in mine if row["step"] == "end"]
             axis.plot([place] * len(values), values, "o", color=colours[label], ms=4)
@@ -152,7 +156,7 @@ def draw(rows, wanted, path):
         if high - low < 0.01 * abs(high):  # the same to a hundredth: draw it as the same
             axis.set_ylim(0.99 * low, 1.01 * high)
         if i == 0 and "curve" in wanted:
-            axis.legend(frameon=False, fontsize=7)
+            axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=90)
 
 

@@ -10,14 +10,16 @@ the others as the script has them, so it does not matter which one is written fi
 """
 
 import ast
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted(p.name for p in ROOT.glob("*.py") if p.name != "sprites_env.py")
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+SCRIPTS = sorted(f"{name}.py" for name in json.loads((HERE / "tries.json").read_text()))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Find the bug: changes of one line, of the kind that people make, and what they do to the curve.
 
-    python classroom/bugs.py                          # the list
+    python classroom/bugs.py                          # the list, a question each: a hint
     python classroom/bugs.py --run 6                  # the script with bug 6 beside the good one
+    python classroom/bugs.py --run 6 --show           # and the line that was changed
     python classroom/bugs.py --check                  # does its test notice each of them? Minutes
     python classroom/bugs.py --check --every 10       # a part of it
 
@@ -30,6 +31,7 @@ TESTS = {"rig_td3.py": "test_rig.py", "skill_embedding.py": "test_skill.py"}
 @dataclass(frozen=True)
 class Args:
     run: int | None = None  # number of a bug: run it beside the good script, and draw both
+    show: bool = False  # also print question and changed line of the bug that is run
     check: bool = False  # does each patch apply to one place, and turn its test red?
     every: int = 1  # only each n-th bug (list and check)
     out: str = str(RUNS)  # folder for the figure and the curves of --run
@@ -110,11 +112,26 @@ def run_script(script, folder, flags):
         return list(csv.DictReader(file))
 
 
-def run(bug, out):
-    """Both curves, as a figure and as a table."""
+def draw(bug, rows, path):
+    """Both curves; rows of (which, step, value). What was changed is not told."""
     from matplotlib.figure import Figure
 
-    print(f"bug {bug['number']}, {bug['script']}: {bug['question']}", *diff(bug), sep="\n")
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axis = figure.subplots()
+    for which, colour in (("as it is", "#0072B2"), ("with the bug", "#E69F00")):
+        points = [(int(step), float(value)) for name, step, value in rows if name == which]
+        axis.plot(*zip(*points), ".-", color=colour, label=which)
+    axis.set_xlabel(f"{bug['script']} {bug['flags']}", size=8)
+    axis.set_ylabel(bug["column"])
+    axis.set_title(f"bug {bug['number']}", size=8)
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=90)
+
+
+def run(bug, out, show):
+    """Both curves, as a figure and as a table."""
+    if show:
+        print(bug["question"], *diff(bug), sep="\n")
     name = f"bug_{bug['script'].removesuffix('.py')}_{bug['name']}"
     folder, slug = RUNS / name, bug["flags"].replace("--", "").replace(" ", "_")
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,18 +140,9 @@ def run(bug, out):
     good = RUNS / f"good_{bug['script'].removesuffix('.py')}_{slug}"
     curves = {"as it is": run_script(ROOT / bug["script"], good, bug["flags"])}
     curves["with the bug"] = run_script(broken, folder / "run", bug["flags"])
-    figure = Figure(figsize=(5, 3.2), layout="constrained")
-    axis, rows = figure.subplots(), []
-    for (which, curve), colour in zip(curves.items(), ("#0072B2", "#E69F00")):
-        points = [(int(row["step"]), float(row[bug["column"]])) for row in curve]
-        rows += [(which, *point) for point in points]
-        axis.plot(*zip(*points), ".-", color=colour, label=which)
-    axis.set_xlabel(f"{bug['script']} {bug['flags']}", size=8)
-    axis.set_ylabel(bug["column"])
-    axis.set_title(bug["question"], size=8, wrap=True)
-    axis.legend(frameon=False)
+    rows = [(x, row["step"], row[bug["column"]]) for x, curve in curves.items() for row in curve]
     Path(out).mkdir(parents=True, exist_ok=True)
-    figure.savefig(Path(out) / f"{name}.png", dpi=90)
+    draw(bug, rows, Path(out) / f"{name}.png")
     with open(Path(out) / f"{name}.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows([("run", "step", bug["column"]), *rows])
@@ -146,7 +154,7 @@ def main(args):
     if args.every < 1 or args.run is not None and not 1 <= args.run <= len(bugs):
         raise SystemExit(f"error: --every is at least 1, --run one of 1 ... {len(bugs)}")
     if args.run:
-        run(bugs[args.run - 1], args.out)
+        run(bugs[args.run - 1], args.out, args.show)
     elif args.check:
         check(bugs[:: args.every])
     else:

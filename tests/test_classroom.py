@@ -184,7 +184,9 @@ def test_list_and_bad_numbers(capsys):
             bugs.main(bugs.Args(**wrong))
 
 
-def test_both_curves_are_drawn(tmp_path, monkeypatch):
+@pytest.mark.parametrize("show", [False, True])
+def test_both_curves_are_drawn(tmp_path, monkeypatch, capsys, show):
+    """What was changed is told to those who ask."""
     monkeypatch.chdir(tmp_path)
     seen = []
 
@@ -193,7 +195,8 @@ def test_both_curves_are_drawn(tmp_path, monkeypatch):
         return [{"step": 1, "mse": 0.5 + len(seen)}, {"step": 2, "mse": 0.25}]
 
     monkeypatch.setattr(bugs, "run_script", run_script)
-    bugs.run(BUGS[0], "figures")
+    bugs.run(BUGS[0], "figures", show)
+    assert (BUGS[0]["question"] in capsys.readouterr().out) == show
     assert seen == [(ROOT / "rp_pretrain.py").read_text(), bugs.patch(BUGS[0])]
     table = (tmp_path / "figures" / f"bug_rp_pretrain_{BUGS[0]['name']}.csv").read_text()
     assert table.splitlines()[:2] == ["run,step,mse", "as it is,1,1.5"]
@@ -276,11 +279,24 @@ def test_readme_is_folded_from_the_data():
     """After a change of a Try, of bugs.json or of tries.json: python classroom/fold.py."""
     text = (CLASSROOM / "README.md").read_text()
     assert fold.folded(text) == text
-    assert text.count("<details>") == text.count("</details>") == len(BUGS) + 30
+    assert text.count("<details>") == text.count("</details>") == 6 + 30 + len(BUGS)
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert (CLASSROOM / target).exists(), target
     for script in blanks.SCRIPTS:
         assert f"`{script}`" in text.split("## Glossary")[0]
+
+
+def test_the_bugs_of_the_sessions_have_their_numbers():
+    """The programs list bugs by number: those that a session names are of its scripts."""
+    text = (CLASSROOM / "README.md").read_text().split("## Glossary")[0]
+    sessions = text.split("## Session ")[1:]
+    assert len(sessions) == 6
+    for session in sessions:
+        listed = session.partition("*Bugs*:")[2].partition(").")[0]
+        numbers = [int(n) for n in re.findall(r"(\d+)\s\(", listed)]
+        assert numbers
+        for number in numbers:
+            assert f"`{BUGS[number - 1]['script']}`" in session.partition("\n")[0]
 
 
 def test_every_column_is_in_the_glossary():
