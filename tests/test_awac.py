@@ -676,9 +676,9 @@ def test_what_a_run_stores_and_reports(tmp_path, monkeypatch):
     monkeypatch.setattr(awac, "Replay", Watched)
     monkeypatch.setattr(awac, "AWACAgent", WatchedAgent)
     changes = {"episodes": 50, "num_envs": 3, "total_steps": 300, "seed": 3, "eval_episodes": 6}
-    summary = run(tmp_path, **changes)
+    summary = run(tmp_path, **changes, switch_every=9)
     assert seeds == {(50, 300_000), (3, 350_000), (6, 10**9), (4, 10**9)}
-    columns, data = Watched.last.columns, collect((10, 20, 20), seed=300_000)
+    columns, data = Watched.last.columns, collect((10, 20, 20), 300_000, switch_every=9)
     assert Watched.last.size == len(columns["rewards"]) == 2240
     for name, column in data.items():
         assert np.array_equal(columns[name][:2000], column)
