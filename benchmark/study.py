@@ -26,6 +26,7 @@ never saw its folder. An interrupted run starts over. Stop with Ctrl-C at any ti
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -453,6 +454,7 @@ def main(args):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: ends its runs, too
     try:
         main(tyro.cli(Args, description=__doc__))
     except KeyboardInterrupt:

@@ -3,7 +3,13 @@
 import csv
 import importlib
 import json
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -188,6 +194,36 @@ def test_decoders_are_drawn(plot, monkeypatch, tmp_path):
     figure = plot.decoder_probe([], [])
     assert [len(axis.images) for axis in figure.axes] == [1] * 48
     assert figure.axes[12].get_ylabel() == "agent's x"
+
+
+def test_a_study_that_is_told_to_end_ends_its_runs(tmp_path):
+    """By Ctrl-C or by a batch system. The run is a stand-in that sleeps."""
+    (tmp_path / "benchmark").mkdir()
+    shutil.copy(ROOT / "benchmark" / "study.py", tmp_path / "benchmark")
+    sleeper = "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(60)\n"
+    (tmp_path / "ppo_encoder.py").write_text(sleeper)
+    command = [sys.executable, "benchmark/study.py", "--study=rounds", "--jobs=1"]
+    study = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    wait_until((tmp_path / "pid").exists)
+    pid = int(wait_until((tmp_path / "pid").read_text))
+    study.send_signal(signal.SIGTERM)
+    assert "the same command goes on" in study.communicate(timeout=10)[1]
+
+    def gone():
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+
+    assert wait_until(gone)
+
+
+def wait_until(true):
+    """What it gives once that is not empty."""
+    for _ in range(200):
+        if found := true():
+            return found
+        time.sleep(0.05)
 
 
 def test_interval(plot):
