@@ -154,7 +154,8 @@ def test_figures_and_tables(study, plot, monkeypatch, tmp_path, capsys):
         (tmp_path / name).write_text(text)
     film = study.RUNS / "ppo_encoder" / "reward_prediction_d2_s1_n250000" / "rollout.gif"
     film.write_bytes(b"film")
-    monkeypatch.setattr(plot, "ROOT", tmp_path)
+    for module in (plot, sys.modules["rows"]):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
     plot.main()
     short, long = (tmp_path / name for name in pages)
     for page in (short, long):
@@ -190,7 +191,8 @@ def test_decoders_are_drawn(plot, monkeypatch, tmp_path):
             model = rp_pretrain.Model(rp_pretrain.Args(objective=objective), "cpu")
             states = {k: getattr(model, k).state_dict() for k in ("encoder", "decoder")}
             torch.save(states | {"objective": objective}, folder / "checkpoint.pt")
-    monkeypatch.setattr(plot, "ROOT", tmp_path)
+    for module in (plot, sys.modules["rows"]):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
     figure = plot.decoder_probe([], [])
     assert [len(axis.images) for axis in figure.axes] == [1] * 48
     assert figure.axes[12].get_ylabel() == "agent's x"
