@@ -30,8 +30,9 @@ def tiny(out="unused", **changes):
 
 
 def save_encoder(path, objective, batch_norm=False, z_dim=5, **stack):
-    """As rp_pretrain.py does (once without a word on stacks), but without training."""
-    args = rp_pretrain.Args(objective=objective, batch_norm=batch_norm, z_dim=z_dim, **stack)
+    """As rp_pretrain.py does (once without a word on stacks), or a script of another objective,
+    but without training."""
+    args = rp_pretrain.Args(batch_norm=batch_norm, z_dim=z_dim, **stack)
     encoder = rp_pretrain.Model(args, "cpu").encoder
     encoder(torch.rand(9, args.frame_stack, 64, 64))  # running statistics unlike a fresh network's
     saved = {"objective": objective, "z_dim": z_dim, "batch_norm": batch_norm} | stack
