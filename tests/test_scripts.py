@@ -115,14 +115,11 @@ def test_copied_next_to_the_environment_it_runs(tmp_path):
     assert facts["script"] == "ppo_encoder" and facts["git_commit"] is None
 
 
-@pytest.mark.parametrize("name", ["Pendulum-v1", "Reacher-v5"])
-def test_the_example_of_the_readme(tmp_path, monkeypatch, name):
-    """The lines that the README changes for another environment are there, and work."""
-    if name == "Reacher-v5":
-        pytest.importorskip("mujoco", reason="MuJoCo is not one of the project's six packages")
-    diff = (ROOT / "README.md").read_text().split("```diff\n")[1].split("```")[0].splitlines()
-    source = (ROOT / "ppo_encoder.py").read_text().split("\n")
-    for line in diff:
+def example(script, number):
+    """The script, with the lines changed that a diff of the README changes; they must be there."""
+    diff = (ROOT / "README.md").read_text().split("```diff\n")[number].split("```")[0]
+    source = (ROOT / f"{script}.py").read_text().split("\n")
+    for line in diff.splitlines():
         assert line[0] in "-+"
         if line[0] == "-":
             assert source.count(line[1:]) == 1, line
@@ -131,7 +128,15 @@ def test_the_example_of_the_readme(tmp_path, monkeypatch, name):
         else:
             source.insert(at, line[1:])
             at += 1
-    source = "\n".join(source)
+    return "\n".join(source)
+
+
+@pytest.mark.parametrize("name", ["Pendulum-v1", "Reacher-v5"])
+def test_the_example_of_the_readme(tmp_path, monkeypatch, name):
+    """The lines that the README changes for another environment are there, and work."""
+    if name == "Reacher-v5":
+        pytest.importorskip("mujoco", reason="MuJoCo is not one of the project's six packages")
+    source = example("ppo_encoder", 1)
     assert source.count("Pendulum-v1") == 1 and name in (ROOT / "README.md").read_text()
     (tmp_path / "elsewhere.py").write_text(source.replace("Pendulum-v1", name))
     flags = flags_of("ppo_encoder", encoder="oracle", device="cpu", torch_threads=1)
@@ -140,6 +145,23 @@ def test_the_example_of_the_readme(tmp_path, monkeypatch, name):
     summary = json.loads(Path("run/summary.json").read_text())
     assert -2000 < summary["eval_return_mean"] < 0 and "score" not in summary
     assert len(rows_of(Path("run"))) == 2
+
+
+@pytest.mark.filterwarnings("default")  # of other people's packages
+@pytest.mark.parametrize("mode", ["rad", "state"])
+def test_the_example_with_images(tmp_path, monkeypatch, mode):
+    """The lines of curl.py that the README changes for DeepMind Control are there, and work."""
+    source = example("curl", 2)
+    pytest.importorskip("dm_control", reason="dm_control is not one of the six packages")
+    (tmp_path / "elsewhere.py").write_text(source)
+    flags = flags_of("curl", mode=mode, device="cpu", total_steps=250, eval_episodes=1)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "benchmark" / "outside")
+    run_as_program(monkeypatch, "elsewhere.py", *flags, "--out=run")
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert 0 < summary["eval_return_mean"] < 1000 and "score" not in summary
+    with Image.open("run/rollout.gif") as film:
+        assert film.n_frames > 50
 
 
 # --- The run's folder, and what is told meanwhile --------------------------------------------

@@ -1,0 +1,71 @@
+"""DeepMind Control for curl.py: a vector environment of images or of states.
+
+    pip install -r benchmark/outside/requirements.txt
+
+and, where no screen is there, the libraries of `MUJOCO_GL=egl` (Debian: libegl1, libgl1-mesa-dri).
+README.md shows the lines of curl.py that change. An action is repeated, as the papers have it, and
+rewards add up: a step of the environment here is `repeat` of theirs, and an episode of 1,000 of
+theirs has 1,000 / repeat.
+"""
+
+from functools import partial
+
+import gymnasium as gym
+import numpy as np
+from dm_control import suite
+from gymnasium.spaces import Box
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+SIZE, GREY = 64, (0.299, 0.587, 0.114)  # pixels of a side; weights of red, green and blue
+FAST = {"shadow": False, "reflection": False}  # seven times as fast without
+
+
+class DMC(gym.Env):
+    """One task. Observations uint8 (1, 64, 64) or float32 (D,), actions scaled to [-1, 1]."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 15}
+
+    def __init__(self, domain, task, repeat, observation, render_mode=None):
+        self.task = suite.load(domain, task)
+        self.task.physics.model.vis.quality.offsamples = 0  # no antialiasing
+        self.repeat, self.observation, self.render_mode = repeat, observation, render_mode
+        spec = self.task.action_spec()
+        self.low, self.high = spec.minimum, spec.maximum
+        self.action_space = Box(-1, 1, spec.shape, np.float32)
+        size = sum(int(np.prod(x.shape)) for x in self.task.observation_spec().values())
+        images = Box(0, 255, (1, SIZE, SIZE), np.uint8)
+        states = Box(-np.inf, np.inf, (size,), np.float32)
+        self.observation_space = images if observation == "image" else states
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.task.task.random.seed(seed % 2**32)
+        return self._see(self.task.reset()), {}
+
+    def step(self, action):
+        action, reward = self.low + (np.asarray(action) + 1) / 2 * (self.high - self.low), 0.0
+        for _ in range(self.repeat):
+            step = self.task.step(action)
+            reward += step.reward
+            if step.last():
+                break
+        return self._see(step), reward, step.last() and step.discount == 0, step.last(), {}
+
+    def _see(self, step):
+        if self.observation == "image":
+            return (self.render() @ GREY).round().astype(np.uint8)[None]
+        return np.concatenate([np.ravel(x) for x in step.observation.values()], dtype=np.float32)
+
+    def render(self):
+        physics = self.task.physics
+        return physics.render(SIZE, SIZE, camera_id=0, render_flag_overrides=FAST)
+
+
+def make_vec(domain, task, num_envs, repeat, observation, **options):
+    """Environments in lockstep that reset in the step that ends an episode; `horizon` is its
+    number of steps."""
+    make = partial(DMC, domain, task, repeat, observation, **options)
+    env = SyncVectorEnv([make] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+    env.horizon = 1000 // repeat
+    return env
