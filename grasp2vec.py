@@ -67,7 +67,7 @@ Writes
 
 Result
     Shares of held-out grasps, five seeds: retrieval .996 (seen), .939 (novel), localisation .956,
-    .948; untrained tower .42, .41, .36, .40. About two minutes. All: benchmark/README.md.
+    .948; untrained tower .42, .41, .36, .40. 2.5 minutes. All: benchmark/README.md.
 
 Try
     1. --same-place: the outcome shows the object where it was in the scene. Can the towers cheat?
