@@ -68,7 +68,7 @@ Writes
 
 Result
     Returns with 2 distractors, five seeds: oracle 38.83, reward_prediction 37.26, image_scratch
-    35.95, image_reconstruction 28.66; random 28.2, chasing 37.95. All: benchmark/README.md.
+    35.95, image_reconstruction 28.7; random 28.2, chasing 37.95. All: benchmark/README.md.
 
 Try
     1. --encoder oracle --gamma 0.95 --out runs/a, image_scratch in runs/b: who needs the future?
