@@ -27,7 +27,7 @@ class DMC(gym.Env):
 
     def __init__(self, domain, task, repeat, observation, render_mode=None):
         self.task = suite.load(domain, task)
-        self.task.physics.model.vis.quality.offsamples = 0  # antialiasing: see `_see`, twice as fast
+        self.task.physics.model.vis.quality.offsamples = 0  # `_see` smooths, faster
         self.repeat, self.observation, self.render_mode = repeat, observation, render_mode
         spec = self.task.action_spec()
         self.low, self.high = spec.minimum, spec.maximum
