@@ -45,14 +45,15 @@ Differs from the paper
     3. (4) has the entropy of the policy in it: ∂Q/∂a cannot see that of the present state.
     4. p(z|t) is a table, not a linear network, and its standard deviation is bounded: it widens
        while α₁ > α₂ Σγⁱ, until tasks overlap, and shrinks to a point where it is less. Tasks start
-       apart in z (--spread); in the paper they start alike, as in generality here.
+       apart in z (--spread); in the paper they start alike, as in all but library here.
     5. log q is cut off at ±3 in (1): one odd step must not outweigh the task. 0.03 ‖mean‖² is
        subtracted in (4), and α₃ starts large: or else the policy runs into the wall behind the goal
        and stays there, bouncing on the spot. In the second half of the run α₃ falls to zero, α₂ to
        a quarter: skills become different first, and exact afterwards.
     6. Z = 2, in which a skill can say all of z by where it comes to rest; the paper has 3.
     7. A point, the agent of Sprites alone, instead of a robot arm; minutes on one core. In transfer
-       a z is held for five steps, whose rewards are added, and γ is that of five steps.
+       the library has 16 goals, and a z is held for 20 steps, whose rewards are added, and γ is
+       that of 20 steps.
 
 Run
     python skill_embedding.py
@@ -101,24 +102,28 @@ from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
 import sprites_env
 from sprites_env import AGENT, Run, require, require_positive
 
-ANGLES = np.pi / 2 * np.arange(4)
-GOALS = 0.5 + 0.3 * np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=-1)  # (4, 2), on a circle
+ANGLES = np.pi / 8 * np.arange(16)
+CIRCLE = 0.5 + 0.3 * np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=-1)  # (16, 2), goals
+GOALS = CIRCLE[::4]  # (4, 2)
 TASKS = {  # tasks to learn skills from, (K, L, 2): any of its L goals solves a task
     "library": GOALS[:, None],
     "versatility": GOALS[None],
     "generality": GOALS[[0, 1, 0, 2], None],  # the third task is the first again
+    "transfer": CIRCLE[:, None],  # neighbours share skills: z can be walked from one to the next
 }
 NEW_TASKS = {  # to reuse them for, (1, L, 2): goals to visit one after the other
-    "interpolation": np.full((1, 1, 2), 0.5 + 0.3 * np.sqrt(0.5)),  # halfway between two
-    "sequencing": GOALS[None, [0, 2]],
+    "interpolation": CIRCLE[1:3].mean(0)[None, None],  # halfway between two
+    "sequencing": CIRCLE[None, [2, 10]],  # opposite to each other
 }
+RADIUS = {"interpolation": 0.05, "sequencing": 0.1}  # frame widths from a goal, to be near it
 USUAL = {  # defaults that depend on the experiment
-    "library": {"spread": 1.5, "z_sd": 0.2, "alpha1": 2.0, "alpha2": 0.2, "total_steps": 224_000},
+    "library": {"spread": 1.5, "z_sd": 0.2, "alpha1": 2.0, "alpha2": 0.2},
     "generality": {"spread": 0.0},  # all tasks start alike
     "versatility": {"spread": 0.0, "z_sd": 1.0, "alpha1": 5.0, "alpha2": 0.5},  # room for one task
-    "transfer": {"total_steps": 128_000},  # of its library: a longer one serves no better
+    "transfer": {"spread": 0.0, "z_sd": 0.4, "gamma": 0.97, "total_steps": 128_000},
     "one_hot": {"alpha1": 0.0, "alpha2": 0.0},  # nothing to widen, nothing to tell apart
 }
+USUAL["library"] |= {"gamma": 0.9, "total_steps": 224_000}
 for name in ("generality", "versatility", "transfer"):
     USUAL[name] = USUAL["library"] | USUAL[name]
 Z_RANGE = 3.0  # bound of the means of p(z|t)
@@ -126,8 +131,9 @@ Z_GAIN = 4.5  # of z as an input, so that what differs within a task is not over
 TAU = 0.01  # how fast the target critic follows
 EFFORT = 0.03  # weight of the squared mean action in (4)
 LOG_Q_CLIP = 3.0  # of log q in (1): one odd step must not outweigh the task
+EXPLORING = 0.3  # share of choices that are any skill of the library, at first
 REPLAY_EPISODES = 2000
-NEAR, HELD_STEPS = 0.1, 5  # frame widths from a goal, and for how long at the end, to solve a task
+HELD_STEPS = 5  # at the end, near the goal, to solve a task
 REWARD_WIDTH = 0.15  # frame widths
 
 
@@ -136,21 +142,21 @@ class Args:
     experiment: Literal["library", "versatility", "generality", "transfer"] = "library"  # see What
     embedding: Literal["gaussian", "bernoulli", "one_hot"] = "gaussian"  # p(z|t); one_hot is fixed
     z_dim: int | None = None  # Z (default: 2; K if one_hot)
-    spread: float | None = None  # how far apart tasks start in z (library, transfer 1.5; else 0)
-    z_sd: float | None = None  # bound of the deviation of p(z|t) (versatility 1, else 0.2)
+    spread: float | None = None  # how far apart tasks start in z (library 1.5, else 0)
+    z_sd: float | None = None  # bound of the deviation of p(z|t) (0.2, transfer 0.4, versatility 1)
     alpha1: float | None = None  # α₁, weight of the entropy of p(z|t) (2, versatility 5, one_hot 0)
     alpha2: float | None = None  # α₂, pay for being told apart (0.2, versatility 0.5, one_hot 0)
     alpha3: float = 0.06  # α₃, weight of the entropy of the policy, at first
     window: int = 4  # w, steps that the inference network looks back
     z_ratio: bool = False  # have p(z|t) / b(z|t) in c, as printed in the paper
-    gamma: float = 0.9  # discount factor per step
+    gamma: float | None = None  # discount factor per step (0.9; transfer 0.97, its library 0.9)
     total_steps: int | None = None  # environment steps, whole rounds (224,000, transfer 128,000)
     num_envs: int = 16  # episodes of a round, N
     updates: int = 40  # gradient steps after a round
     batch_size: int = 32  # episodes of an update, B
     learning_rate: float = 1e-3  # of Adam; falls to zero over the second half
     library: str | None = None  # transfer: a checkpoint.pt of skills (default: learn them first)
-    hold: int = 5  # transfer: steps for which a chosen z is acted on
+    hold: int = 20  # transfer: steps for which a chosen z is acted on
     transfer_steps: int = 25_600  # transfer: environment steps for each new task and learner
     eval_episodes: int = 256  # held-out episodes of each evaluation, without noise
     seed: int = 1  # of networks, environments and actions
@@ -166,7 +172,7 @@ class Args:
                 object.__setattr__(self, name, value)  # a frozen class allows no other way
         require_positive(self, but="alpha1 alpha2 alpha3 window spread")
         require(self.gamma < 1, "--gamma must be below 1")
-        K, T = len(self.goals), GoalTasks.steps
+        K, T = 1 if self.library else len(self.goals), GoalTasks.steps
         whole = self.num_envs % K == 0 and self.eval_episodes % K == 0
         require(
             whole, f"--num-envs and --eval-episodes must be multiples of {K}, the number of tasks"
@@ -189,7 +195,7 @@ class Args:
 
     @property
     def goals(self):  # (K, L, 2), of the tasks to learn skills from
-        return TASKS["library" if self.transfers else self.experiment]
+        return TASKS[self.experiment]
 
     @property
     def run_name(self):
@@ -451,17 +457,18 @@ def update_skill_actor(agent, batch, alpha3, args):
 class GoalTasks:
     """Tasks for the agent alone; for tasks of your own, write a class with the same methods. It
     starts near the centre and sees only itself: only z can tell it which goal to go for. A task
-    (N,) is paid exp(−d²/(2·0.15²)), d the distance to the nearest of its goals. With `in_order` its
-    goals are to be visited one after the other, being within 0.1 of the last pays 1, nothing else
-    pays, and the observation ends with a one-hot of the next goal. Either way it is solved if the
-    episode's last five steps are within 0.1 of the (last) goal."""
+    (N,) is paid exp(−d²/(2·0.15²)), d the distance to the nearest of its goals. It is solved if the
+    episode's last five steps are near one, within `radius`. With `in_order` the goals are to be
+    visited one after the other, being near the last pays 1 a step, nothing else pays, and the
+    observation ends with a one-hot of the next goal and with the time that is left, 1 to -1."""
 
     action_dim, steps, hold = 2, 40, 1  # A, T, steps of an action
+    any_skill = None  # nothing is known that could be tried
 
-    def __init__(self, num_envs, goals, in_order=False):  # goals (K, L, 2)
-        self.num_envs, self.goals, self.in_order = num_envs, goals, in_order
+    def __init__(self, num_envs, goals, in_order=False, radius=0.1):  # goals (K, L, 2)
+        self.num_envs, self.goals, self.in_order, self.radius = num_envs, goals, in_order, radius
         self.num_tasks, self.num_goals = goals.shape[:2]
-        self.obs_dim = 4 + (self.num_goals if in_order else 0)
+        self.obs_dim = 4 + (self.num_goals + 1 if in_order else 0)
         horizon = self.steps + 1  # so that the last state stays to be looked at
         options = {"task": "reach", "observation": "state", "horizon": horizon}
         self.env = sprites_env.SpritesVectorEnv(num_envs, **options)
@@ -479,7 +486,9 @@ class GoalTasks:
     def observe(self):
         state = (self.env.states[:, AGENT] - (0.5, 0.5, 0, 0)) / (0.25, 0.25, 0.05, 0.05)
         next_goal = np.eye(self.num_goals)[self.next_goal]
-        return np.concatenate([state, next_goal], axis=1, dtype=np.float32)[:, : self.obs_dim]
+        left = np.full((self.num_envs, 1), 1 - 2 * (len(self.path) - 1) / self.steps)
+        parts = [state, next_goal, left]
+        return np.concatenate(parts, axis=1, dtype=np.float32)[:, : self.obs_dim]
 
     def step(self, action):  # (N, A) -> observations (N, D), rewards (N,), terminated (N,)
         _, _, terminated, _, _ = self.env.step(action)
@@ -487,13 +496,13 @@ class GoalTasks:
         self.path.append(position)
         distance = np.linalg.norm(position[:, None] - self.goals[self.task], axis=-1)  # (N, L)
         if self.in_order:
-            here = distance[np.arange(self.num_envs), self.next_goal] < NEAR
+            here = distance[np.arange(self.num_envs), self.next_goal] < self.radius
             last = self.next_goal == self.num_goals - 1
             near, self.next_goal = here & last, self.next_goal + (here & ~last)
             reward = near.astype(float)
         else:
             self.nearest, distance = distance.argmin(1), distance.min(1)
-            near, reward = distance < NEAR, np.exp(-(distance**2) / (2 * REWARD_WIDTH**2))
+            near, reward = distance < self.radius, np.exp(-(distance**2) / (2 * REWARD_WIDTH**2))
         self.near = np.where(near, self.near + 1, 0)
         return self.observe(), reward, terminated
 
@@ -503,20 +512,25 @@ class GoalTasks:
 
 
 class SkillTasks:
-    """The same tasks on another scale: an action chooses a skill, z = 3 · action, and the frozen
-    policy π(a|s,z) acts on it for `hold` steps, of which the rewards are added."""
+    """The same tasks on another scale: an action chooses a skill, z = reach · action, and the
+    library's frozen policy π(a|s,z) acts on it for `hold` steps, of which the rewards are added.
+    reach (Z,) is how far the library goes in z; beyond that its policy knows nothing."""
 
-    def __init__(self, tasks, policy, z_dim, hold):
-        self.tasks, self.policy, self.hold = tasks, policy, hold
-        self.action_dim, self.steps = z_dim, tasks.steps // hold
+    def __init__(self, tasks, library, hold):
+        self.tasks, self.policy, self.hold = tasks, library.policy, hold
+        with torch.no_grad():
+            p = library.embedding(torch.arange(len(library.embedding.place)))
+        self.reach = (p.mean.abs() + 2 * p.stddev).amax(0)
+        self.usual = p.mean / self.reach, p.stddev / self.reach  # (K, Z) each, as actions
+        self.action_dim, self.steps = len(self.reach), tasks.steps // hold
 
     def reset(self, rng, task):
         self.obs = self.tasks.reset(rng, task)
         return self.obs
 
     def step(self, action):
-        device = next(self.policy.parameters()).device
-        z, total = torch.as_tensor(Z_RANGE * action, device=device).clamp(-Z_RANGE, Z_RANGE), 0
+        device = self.reach.device
+        z, total = self.reach * torch.as_tensor(action, device=device).clamp(-1, 1), 0
         for _ in range(self.hold):
             own = torch.as_tensor(self.obs[:, :4], device=device)  # what it was trained to see
             with torch.no_grad():
@@ -525,8 +539,26 @@ class SkillTasks:
             total = total + reward
         return self.obs, total, terminated
 
+    def any_skill(self, obs, z):
+        """A policy to explore with: a skill of the library, each (N,) of a task drawn anew."""
+        mean, sd = self.usual
+        task = torch.randint(len(mean), (len(obs),))
+        return gaussian(mean[task], sd[task])
+
     def __getattr__(self, name):  # what skills do not change: solved, goals, path ...
         return getattr(self.tasks, name)
+
+
+def now_and_then(share, other, policy):
+    """A policy of which each choice is left to another one, with this probability."""
+
+    def act(obs, z):
+        ours, theirs = policy(obs, z), other(obs, z)
+        swap = torch.rand(len(obs), 1, device=obs.device) < share
+        mean = torch.where(swap, theirs.mean, ours.mean)
+        return gaussian(mean, torch.where(swap, theirs.stddev, ours.stddev))
+
+    return act
 
 
 @torch.no_grad()
@@ -641,21 +673,25 @@ def learn(tasks, learner, total_steps, reports, args, rng, device):
     task = torch.arange(N, device=device) % tasks.num_tasks
 
     for rounds_so_far in range(1, rounds + 1):
+        left = min(1, 2 - 2 * (rounds_so_far - 1) / rounds)  # 1 for a while, then falling to 0
+
         # act and store: one skill for a whole episode
         with torch.no_grad():
             p = learner.embedding(task)
             z = p.sample()
             log_b_z = p.log_prob(z)
-        episodes = roll_out(tasks, learner.policy, rng, task, z)
+        policy = learner.policy
+        if tasks.any_skill:
+            policy = now_and_then(EXPLORING * left, tasks.any_skill, policy)
+        episodes = roll_out(tasks, policy, rng, task, z)
         replay.add(episodes | {"log_b_z": log_b_z})
 
         # learn
-        left = min(1, 2 - 2 * (rounds_so_far - 1) / rounds)  # 1 for a while, then falling to 0
         alpha2, alpha3 = args.alpha2 * (1 + 3 * left) / 4, args.alpha3 * left
         for optimizer in agent.optimizers:
             optimizer.param_groups[0]["lr"] = args.learning_rate * left
         for _ in range(args.updates):
-            batch = replay.sample(rng, args.batch_size)
+            batch = replay.sample(rng, args.batch_size * hold)  # as many choices as actions
             log_q = update_inference(agent, batch, args)
             metrics = update_skill_critic(agent, batch, log_q, alpha2, alpha3, gamma, args)
             metrics |= update_skill_actor(agent, batch, alpha3, args) | {"log_q": log_q.mean()}
@@ -668,8 +704,11 @@ def learn(tasks, learner, total_steps, reports, args, rng, device):
 
 def train(args):
     """One run of an experiment; returns the content of summary.json."""
-    if args.transfers:
-        return train_transfer(args)
+    return train_transfer(args) if args.transfers else train_skills(args)
+
+
+def train_skills(args):
+    """Learn one policy for all tasks of the experiment, steered by z."""
     N, K = args.num_envs, len(args.goals)
     round_steps = N * GoalTasks.steps
     run = Run(args, total=args.total_steps // round_steps * round_steps)
@@ -706,19 +745,14 @@ def train_transfer(args):
     device = run.device
     if not args.library:
         folder = run.folder / "library"
-        train(replace(args, experiment="library", out=str(folder), overwrite=True))
+        changes = {"gamma": USUAL["library"]["gamma"], "out": str(folder), "overwrite": True}
+        train_skills(replace(args, **changes))
     library = load_skills(args.library or folder / "checkpoint.pt").to(device)
     run.start = time.perf_counter()  # the library does not count
-    skills = library.policy.requires_grad_(False)
-    K, z_dim = library.embedding.place.shape
 
     def make_tasks(num_envs, name, how):
-        tasks = GoalTasks(num_envs, NEW_TASKS[name], in_order=True)
-        return tasks if how == "scratch" else SkillTasks(tasks, skills, z_dim, args.hold)
-
-    def any_skill(obs, z):
-        p = library.embedding(torch.randint(K, (len(obs),), device=device))
-        return gaussian(p.mean / Z_RANGE, p.stddev / Z_RANGE)
+        tasks = GoalTasks(num_envs, NEW_TASKS[name], in_order=True, radius=RADIUS[name])
+        return tasks if how == "scratch" else SkillTasks(tasks, library, args.hold)
 
     def learn_new_task(name, how):
         """Yields the steps so far, success on held-out episodes, the learner and these episodes."""
@@ -748,7 +782,7 @@ def train_transfer(args):
         task = torch.zeros(args.eval_episodes, dtype=torch.long)
         with torch.random.fork_rng():
             torch.manual_seed(10**9)
-            roll_out(tasks, any_skill, rng, task, torch.zeros(len(task), 0, device=device))
+            roll_out(tasks, tasks.any_skill, rng, task, torch.zeros(len(task), 0, device=device))
         summary[f"success_random_{name}"] = tasks.solved.mean()
         ours, theirs, ratio = steps_to_solve(run.rows, name)
         summary |= {f"steps_skills_{name}": ours, f"steps_scratch_{name}": theirs}
@@ -803,8 +837,9 @@ def draw_film(tasks):
 
 @torch.no_grad()
 def draw_skills(tasks, learner, z):
-    """Episodes coloured by z; where z is; a walk in z, from the middle of p(z|first task) to that
-    of the last one, or along its first number if there is one task only; and the divergences."""
+    """Episodes coloured by z; where z is; a walk in z, from the middle of one task's p(z|t) to the
+    next one's and back to the first, or if there is one task only along z's first number and back;
+    and the divergences."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Circle, Ellipse
 
@@ -837,20 +872,22 @@ def draw_skills(tasks, learner, z):
         if learner.embedding.kind == "gaussian":  # two standard deviations to each side
             ellipse = Ellipse(where[:2], *(4 * width[:2]), fill=False, color="black")
             middle.add_patch(ellipse)
-        middle.annotate(f"task {k + 1}", where[:2], (0, 10 * k - 15), textcoords="offset points")
-    middle.set(xlabel="z1", ylabel="z2", title="the embedding: p(z|t)")
+        middle.annotate(k + 1, where[:2], (10 * (k % 4) - 18, -4), textcoords="offset points")
+    middle.set(xlabel="z1", ylabel="z2", title="the embedding: p(z|t), by task")
 
     along = 2 * p.stddev[0] * torch.eye(z.shape[1], device=z.device)[0]
-    first, last = (p.mean[0], p.mean[-1]) if K > 1 else (p.mean[0] - along, p.mean[0] + along)
-    walk = first + (last - first) * torch.linspace(0, 1, 15, device=z.device)[:, None]
-    walkers, task = GoalTasks(15, tasks.goals), torch.zeros(15, dtype=torch.long)
+    stops = p.mean if K > 1 else torch.stack([p.mean[0] - along, p.mean[0] + along])
+    way = torch.linspace(0, len(stops), 49, device=z.device)[:-1, None]
+    here, after = (i.flatten().long() % len(stops) for i in (way.floor(), way.floor() + 1))
+    walk = stops[here].lerp(stops[after], way % 1)
+    walkers, task = GoalTasks(len(walk), tasks.goals), torch.zeros(len(walk), dtype=torch.long)
     roll_out(walkers, learner.policy, np.random.default_rng(0), task, walk, noise=False)
     draw_paths(right, np.stack(walkers.path, axis=1), colour(pad(walk)))
-    right.set_title("a walk in z, " + (f"task 1 to task {K}" if K > 1 else "along z1"))
+    right.set_title("a walk in z, " + ("from task to task" if K > 1 else "along z1"))
     for axis in more:
         kl = divergences(p).cpu().numpy()
-        axis.imshow(np.log1p(kl), cmap="Blues", vmax=12)
-        for i, j in np.ndindex(K, K):
+        axis.imshow(np.log1p(kl), cmap="Blues", vmax=None if K > 4 else 12)
+        for i, j in np.ndindex((0, 0) if K > 4 else (K, K)):  # room for numbers
             axis.text(j, i, f"{kl[i, j]:.3g}", ha="center", va="center")
         axis.set_xticks(range(K), range(1, K + 1))
         axis.set_yticks(range(K), range(1, K + 1))

@@ -19,6 +19,8 @@ import sprites_env
 CPU = torch.device("cpu")
 TINY = {"total_steps": 320, "num_envs": 4, "updates": 2, "batch_size": 3, "eval_episodes": 8}
 TINY |= {"window": 2, "transfer_steps": 320, "torch_threads": 1, "device": "cpu"}
+TRANSFER = {"experiment": "transfer", "num_envs": 16, "eval_episodes": 16}  # 16 goals to learn from
+TRANSFER |= {"total_steps": 1280, "transfer_steps": 1280}
 SIZES = {"tasks": 4, "z_dim": 2, "embedding": "gaussian", "obs_dim": 4, "action_dim": 2}
 SIZES |= {"window": 2, "spread": 1.5, "z_sd": 0.2}  # of a checkpoint
 torch.set_num_threads(1)
@@ -67,20 +69,20 @@ def assert_same(a, b):
 
 # --- Arguments --------------------------------------------------------------------------------
 
-USUAL = ("spread", "z_sd", "alpha1", "alpha2", "total_steps")
+USUAL = ("spread", "z_sd", "alpha1", "alpha2", "gamma", "total_steps")
 
 
 @pytest.mark.parametrize(
     "changes, expected",
     [
-        ({}, (1.5, 0.2, 2, 0.2, 224_000)),
-        ({"experiment": "generality"}, (0, 0.2, 2, 0.2, 224_000)),
-        ({"experiment": "versatility"}, (0, 1, 5, 0.5, 224_000)),
-        ({"experiment": "transfer"}, (1.5, 0.2, 2, 0.2, 128_000)),
-        ({"embedding": "bernoulli"}, (1.5, 0.2, 2, 0.2, 224_000)),
-        ({"embedding": "one_hot"}, (1.5, 0.2, 0, 0, 224_000)),
-        ({"embedding": "one_hot", "experiment": "versatility"}, (0, 1, 0, 0, 224_000)),
-        (dict(zip(USUAL, (0.0, 0.3, 0.0, 0.7, 900))), (0, 0.3, 0, 0.7, 900)),
+        ({}, (1.5, 0.2, 2, 0.2, 0.9, 224_000)),
+        ({"experiment": "generality"}, (0, 0.2, 2, 0.2, 0.9, 224_000)),
+        ({"experiment": "versatility"}, (0, 1, 5, 0.5, 0.9, 224_000)),
+        ({"experiment": "transfer"}, (0, 0.4, 2, 0.2, 0.97, 128_000)),
+        ({"embedding": "bernoulli"}, (1.5, 0.2, 2, 0.2, 0.9, 224_000)),
+        ({"embedding": "one_hot"}, (1.5, 0.2, 0, 0, 0.9, 224_000)),
+        ({"embedding": "one_hot", "experiment": "versatility"}, (0, 1, 0, 0, 0.9, 224_000)),
+        (dict(zip(USUAL, (0.0, 0.3, 0.0, 0.7, 0.8, 900))), (0, 0.3, 0, 0.7, 0.8, 900)),
     ],
 )
 def test_defaults_of_the_experiments(changes, expected):
@@ -98,7 +100,7 @@ def test_defaults_of_the_experiments(changes, expected):
         ({"z_sd": 0.0}, "--z-sd must be positive"),
         ({"window": -1}, "--window"),
         ({"total_steps": 159}, "at least 160"),
-        ({"experiment": "transfer", "transfer_steps": 159}, "at least 160"),
+        (TRANSFER | {"transfer_steps": 639}, "at least 640"),
         ({"hold": 7}, "--hold must divide 40"),
         ({"z_dim": 0}, "--z-dim"),
         ({"embedding": "one_hot", "z_dim": 4}, "--z-dim is the number of tasks"),
@@ -108,7 +110,8 @@ def test_defaults_of_the_experiments(changes, expected):
         ({"seed": 10_000}, "--seed must be in 0 ... 9999"),
         ({"num_envs": 6, "total_steps": 960}, "multiples of 4"),
         ({"eval_episodes": 2}, "multiples of 4"),
-        ({"experiment": "transfer", "embedding": "bernoulli"}, "bits"),
+        (TRANSFER | {"num_envs": 4}, "multiples of 16"),
+        (TRANSFER | {"embedding": "bernoulli"}, "bits"),
         ({"device": "cuda"}, "--device cuda"),
     ],
 )
@@ -581,8 +584,16 @@ def test_goals_are_on_the_circle():
     np.testing.assert_allclose(se.TASKS["library"][:, 0], se.GOALS)
     np.testing.assert_allclose(se.TASKS["versatility"][0], se.GOALS)
     np.testing.assert_allclose(se.TASKS["generality"][:, 0], se.GOALS[[0, 1, 0, 2]])
-    np.testing.assert_allclose(se.NEW_TASKS["interpolation"], [[[0.5 + 0.3 / math.sqrt(2)] * 2]])
-    np.testing.assert_allclose(se.NEW_TASKS["sequencing"], se.GOALS[None, [0, 2]])
+    many = se.TASKS["transfer"]
+    assert many.shape == (16, 1, 2)
+    np.testing.assert_allclose(np.linalg.norm(many - 0.5, axis=-1), 0.3)
+    np.testing.assert_allclose(many[2, 0], 0.5 + 0.3 * np.sqrt([0.5, 0.5]))
+    between, goals = se.NEW_TASKS["interpolation"], se.NEW_TASKS["sequencing"]
+    np.testing.assert_allclose(between[0], (many[1] + many[2]) / 2)
+    np.testing.assert_allclose(goals[0], 0.5 + 0.3 * np.sqrt([[0.5] * 2] * 2) * [[1], [-1]])
+    # where every wall is too far to be run into instead
+    assert (abs(np.stack([between[0, 0], *goals[0]]) - 0.5) < 0.9 - 0.5 - 0.1 - 0.04).all()
+    assert se.RADIUS == {"interpolation": 0.05, "sequencing": 0.1}
 
 
 def test_rewards_and_what_is_seen():
@@ -614,21 +625,28 @@ def test_solved_takes_the_last_five_steps():
 
 
 def test_goals_in_order():
-    tasks = make_tasks(1, se.NEW_TASKS["sequencing"], in_order=True)
-    assert tasks.obs_dim == 6 and tasks.observe()[0, 4:].tolist() == [1, 0]
+    """Near the last one pays; what is seen ends with the next goal and the time that is left."""
+    goals = np.array([[[0.8, 0.5], [0.2, 0.5]]])
+    tasks = make_tasks(1, goals, in_order=True)
+    assert tasks.obs_dim == 7 and tasks.observe()[0, 4:].tolist() == [1, 0, 1]
     assert place(tasks, 0.2, 0.5)[1] == 0  # the last one first: nothing
     obs, reward, _ = place(tasks, 0.8, 0.59)
-    assert reward == 0 and obs[0, 4:].tolist() == [0, 1]  # on to the next
+    assert reward == 0 and obs[0, 4:].tolist() == [0, 1, pytest.approx(0.9)]  # on to the next
     assert place(tasks, 0.8, 0.5)[1] == 0
     for count in range(1, 6):
         assert place(tasks, 0.2, 0.41)[1] == 1 and tasks.solved.tolist() == [count == 5]
     assert place(tasks, 0.2, 0.39)[1] == 0 and not tasks.solved.any()
+    for _ in range(31):
+        obs, _, _ = place(tasks, 0.5, 0.5)
+    assert obs[0, 6] == -1
     obs = tasks.reset(np.random.default_rng(0), np.array([0]))
-    assert obs[0, 4:].tolist() == [1, 0]
+    assert obs[0, 4:].tolist() == [1, 0, 1]
+    small = make_tasks(1, goals, in_order=True, radius=0.03)
+    assert place(small, 0.8, 0.54)[0][0, 4] == 1 and place(small, 0.8, 0.52)[0][0, 4] == 0
 
 
 def test_skills_as_actions():
-    """One z, within its range, for `hold` steps of the mean action; rewards add up; the skill does
+    """One z, within reach, for `hold` steps of the mean action; rewards add up; the skill does
     not see the phase."""
     seen = []
 
@@ -637,14 +655,20 @@ def test_skills_as_actions():
             seen.append((obs, z))
             return se.gaussian(torch.tensor([[1.0, 0.0]]), torch.ones(1, 2))
 
-    inner = se.GoalTasks(1, se.NEW_TASKS["sequencing"], in_order=True)
-    tasks = se.SkillTasks(inner, Policy(1, 1), z_dim=3, hold=5)
-    assert (tasks.steps, tasks.action_dim, tasks.obs_dim, tasks.num_envs) == (8, 3, 6, 1)
+    inner = se.GoalTasks(1, np.array([[[0.8, 0.5], [0.2, 0.5]]]), in_order=True)
+    library = make_learner(tasks=2)
+    library.policy = Policy(1, 1)
+    with torch.no_grad():  # reach: of the mean and two deviations, each 0.1
+        library.embedding.place[:] = 3 * (torch.tensor([[2.8, 0.1, 0], [0, 0.3, -1.8]]) / 3).atanh()
+        library.embedding.width[:] = math.log((x := math.log(0.1 / 0.07, 1 / 0.35)) / (1 - x))
+    tasks = se.SkillTasks(inner, library, hold=5)
+    np.testing.assert_allclose(tasks.reach, [3, 0.5, 2], rtol=1e-5)
+    assert (tasks.steps, tasks.action_dim, tasks.obs_dim, tasks.num_envs) == (8, 3, 7, 1)
     start = tasks.reset(np.random.default_rng(0), np.array([0]))
     obs, reward, _ = tasks.step(np.array([[0.5, -2.0, 2.0]], np.float32))
     assert len(seen) == 5 and all(o.shape == (1, 4) for o, _ in seen)
     np.testing.assert_allclose([o[0, 0] for o, _ in seen], start[0, 0] + 0.2 * np.arange(5), 1e-5)
-    assert all(z.tolist() == [[1.5, -3, 3]] for _, z in seen)
+    assert all(z.tolist() == [pytest.approx([1.5, -0.5, 2], rel=1e-5)] for _, z in seen)
     assert obs[0, 0] - start[0, 0] == pytest.approx(1, abs=1e-5) and reward == 0
     place(inner, 0.8, 0.5)
     for _ in range(6):
@@ -652,6 +676,27 @@ def test_skills_as_actions():
     assert tasks.solved.all()
     inner.env.reset(options={"state": np.array([[[0.16, 0.5, 0, 0], [0.5, 0.5, 0, 0]]])})
     assert tasks.step(np.zeros((1, 3), np.float32))[1] == 2  # x .21, .26 (near), .31 and on
+    torch.manual_seed(5)
+    p, task = tasks.any_skill(torch.zeros(200, 7), None), torch.tensor([[0.0], [1.0]])
+    mean = torch.tensor([[2.8, 0.1, 0], [0, 0.3, -1.8]]) / tasks.reach
+    torch.manual_seed(5)
+    task = torch.randint(2, (200,))
+    torch.testing.assert_close(p.mean, mean[task])
+    torch.testing.assert_close(p.stddev, (0.1 / tasks.reach).expand(200, 3))
+
+
+def test_now_and_then():
+    """Each row its own coin; what the density says is of the one that acts."""
+    ours = lambda obs, z: se.gaussian(torch.zeros_like(obs), torch.ones_like(obs))  # noqa: E731
+    other = lambda obs, z: se.gaussian(obs, 0.1 * torch.ones_like(obs))  # noqa: E731
+    obs = torch.full((4000, 2), 7.0)
+    torch.manual_seed(0)
+    pi = se.now_and_then(0.25, other, ours)(obs, None)
+    swapped = pi.mean[:, 0] == 7
+    assert swapped.float().mean().item() == pytest.approx(0.25, abs=0.02)
+    torch.testing.assert_close(pi.mean, torch.where(swapped[:, None], 7.0, torch.zeros(4000, 2)))
+    torch.testing.assert_close(pi.stddev, torch.where(swapped[:, None], 0.1, torch.ones(4000, 2)))
+    assert not se.now_and_then(0.0, other, ours)(obs, None).mean.any()
 
 
 @pytest.mark.parametrize("noise", [True, False])
@@ -747,7 +792,7 @@ def test_solutions_are_counted_by_goal():
     assert metrics["goal_entropy_bits"] == pytest.approx(-(p * np.log2(p)).sum())
     assert not [name for name in metrics if name.startswith("kl")]
     in_order = se.GoalTasks(4, se.NEW_TASKS["sequencing"], in_order=True)
-    learner = make_learner(1, 0, obs_dim=6)
+    learner = make_learner(1, 0, obs_dim=7)
     metrics, _ = se.evaluate_skills(in_order, learner, 2)
     expected = {"success_rate", "worst_task", "solved_goals", "eval_return_mean", "eval_return_std"}
     assert set(metrics) == expected
@@ -820,12 +865,13 @@ def test_ratio_of_steps():
 @pytest.mark.parametrize("held", [False, True], ids=["actions", "held_skills"])
 def test_learn_is_these_steps(held, monkeypatch):
     """Five rounds of `learn` against the same steps written down: what falls in the second half
-    and how far, a replay of the latest ten episodes, (for held skills) the γ of five steps."""
+    and how far, a replay of the latest ten episodes. For held skills: the γ of five steps, five
+    times as many episodes, which have as many choices, and any skill now and then."""
     monkeypatch.setattr(se, "REPLAY_EPISODES", 10)
     torch.manual_seed(1)
     if held:
         inner = se.GoalTasks(8, se.NEW_TASKS["sequencing"], in_order=True)
-        tasks = se.SkillTasks(inner, se.SkillPolicy(4, 2, 2), z_dim=2, hold=5)
+        tasks = se.SkillTasks(inner, make_learner(z_dim=2).requires_grad_(False), hold=5)
     else:
         tasks = se.GoalTasks(8, se.TASKS["library"])
     assert tasks.num_tasks == (1 if held else 4)
@@ -844,13 +890,16 @@ def test_learn_is_these_steps(held, monkeypatch):
         with torch.no_grad():
             p = agent.learner.embedding(task)
             z = p.sample()
-        episodes = se.roll_out(tasks, agent.learner.policy, rng, task, z)
+        policy = agent.learner.policy
+        if held:
+            policy = se.now_and_then(0.3 * left, tasks.any_skill, policy)
+        episodes = se.roll_out(tasks, policy, rng, task, z)
         stored.append(episodes | {"log_b_z": p.log_prob(z)})
         for optimizer in agent.optimizers:
             optimizer.param_groups[0]["lr"] = 0.01 * left
         for _ in range(2):
             columns = {name: torch.cat([e[name] for e in stored])[-10:] for name in stored[0]}
-            rows = rng.integers(min(10, 8 * len(stored)), size=3)
+            rows = rng.integers(min(10, 8 * len(stored)), size=15 if held else 3)
             batch = {name: column[rows] for name, column in columns.items()}
             log_q = se.update_inference(agent, batch, args)
             gamma = 0.9**5 if held else 0.9
@@ -942,7 +991,8 @@ def test_films(tmp_path):
 
 
 def test_picture_of_skills():
-    """Two deviations around the mean of each task, the divergences, and a walk between them."""
+    """Two deviations around the mean of each task, the divergences, and a walk from task to task
+    and back to the first: 48 steps, of which every twelfth is at a task."""
     tasks, learner = se.GoalTasks(8, se.TASKS["library"]), make_learner(z_dim=2)
     _, episodes = se.evaluate_skills(tasks, learner, 2)
     left, middle, right, table = se.draw_skills(tasks, learner, episodes["z"]).axes
@@ -950,19 +1000,23 @@ def test_picture_of_skills():
     for ellipse, mean, sd in zip(middle.patches, p.mean.tolist(), p.stddev.tolist()):
         assert list(ellipse.center) == pytest.approx(mean)
         assert [ellipse.width, ellipse.height] == pytest.approx([4 * x for x in sd])
+    assert [text.get_text() for text in middle.texts] == ["1", "2", "3", "4"]
     kl = se.divergences(p).flatten().tolist()
     assert [text.get_text() for text in table.texts] == [f"{x:.3g}" for x in kl]
-    assert len(left.lines) == 16 and len(right.lines) == 30
-    for axis, z in ((left, episodes["z"][3]), (right, p.mean[-1].detach())):
-        path = axis.lines[6].get_xydata() if axis is left else axis.lines[28].get_xydata()
-        task = torch.zeros(15, dtype=torch.long)
-        if axis is right:
-            walkers, rng = se.GoalTasks(15, tasks.goals), np.random.default_rng(0)
-            se.roll_out(walkers, learner.policy, rng, task, z.expand(15, 2), noise=False)
-            expected = np.stack(walkers.path)[:, 14, ::-1]
-        else:
-            expected = np.stack(tasks.path)[:, 3, ::-1]
-        np.testing.assert_allclose(path, expected, atol=1e-6)
+    assert len(left.lines) == 16 and len(right.lines) == 96  # a path and its end
+    np.testing.assert_allclose(left.lines[6].get_xydata(), np.stack(tasks.path)[:, 3, ::-1])
+    walkers, rng = se.GoalTasks(48, tasks.goals), np.random.default_rng(0)
+    first, second, *_, last = p.mean.detach()
+    for i, z in ((0, first), (3, 0.75 * first + 0.25 * second), (12, second), (36, last),
+                 (42, (first + last) / 2)):  # fmt: skip
+        task = torch.zeros(48, dtype=torch.long)
+        rng = np.random.default_rng(0)
+        se.roll_out(walkers, learner.policy, rng, task, z.expand(48, 2), noise=False)
+        expected = np.stack(walkers.path)[:, i, ::-1]
+        np.testing.assert_allclose(right.lines[2 * i].get_xydata(), expected, atol=1e-5)
+    many, learner = se.GoalTasks(16, se.TASKS["transfer"]), make_learner(16, 2)
+    _, episodes = se.evaluate_skills(many, learner, 2)
+    assert not se.draw_skills(many, learner, episodes["z"]).axes[3].texts  # no room for 256
 
 
 # --- Transfer ---------------------------------------------------------------------------------
@@ -1002,25 +1056,25 @@ def test_transfer(tmp_path, library, monkeypatch):
     measured on the tasks that it was learnt on. (They are easier here, so that some are solved.)"""
     nearby = {"interpolation": [[[0.35, 0.65]]], "sequencing": [[[0.3, 0.5], [0.5, 0.7]]]}
     monkeypatch.setattr(se, "NEW_TASKS", {name: np.array(x) for name, x in nearby.items()})
-    monkeypatch.setattr(se, "NEAR", 0.25)
+    monkeypatch.setattr(se, "RADIUS", {"interpolation": 0.25, "sequencing": 0.26})
     changes = {"hold": 4, "transfer_steps": 500, "eval_episodes": 32, "learning_rate": 3e-4}
     changes |= {"experiment": "transfer", "library": library[0], "seed": 3}
     films = []
     monkeypatch.setattr(se, "draw_film", lambda tasks: films.append(tasks) or [("abcd")])
     summary = run(tmp_path / "new", **changes)
-    args, skills = se.Args(**TINY | changes), library[1].policy
+    args, skills = se.Args(**TINY | changes), library[1].requires_grad_(False)
     curve, saved = read_curve(tmp_path / "new"), load(tmp_path / "new")
     assert [row["step"] for row in curve] == [160, 320, 480] and saved["step"] == 480
     expected, rates = {"transfer_steps_ratio": {}, "minutes": summary["minutes"]}, set()
     for name, goals in se.NEW_TASKS.items():
         for how in ("skills", "scratch"):
 
-            def make(n, goals=goals, how=how):
-                tasks = se.GoalTasks(n, goals, in_order=True)
-                return se.SkillTasks(tasks, skills, 2, 4) if how == "skills" else tasks
+            def make(n, name=name, goals=goals, how=how):
+                tasks = se.GoalTasks(n, goals, in_order=True, radius=se.RADIUS[name])
+                return se.SkillTasks(tasks, skills, 4) if how == "skills" else tasks
 
             torch.manual_seed(3)
-            sizes = (5 if name == "interpolation" else 6), 2, 1, 0, "gaussian", 2, 0, 1
+            sizes = (6 if name == "interpolation" else 7), 2, 1, 0, "gaussian", 2, 0, 1
             learner, rng, held_out = se.SkillLearner(*sizes), np.random.default_rng(3), make(32)
             for row, (step, _) in zip(
                 curve, se.learn(make(4), learner, 500, 9, args, rng, CPU), strict=True
@@ -1030,12 +1084,12 @@ def test_transfer(tmp_path, library, monkeypatch):
             assert_same(saved[f"{how}_{name}"], learner.state_dict())
             expected[f"success_{how}_{name}"] = rate
             rates.add(rate)
-        tasks = make(32, goals, "skills")
+        tasks = make(32, how="skills")
         tasks.reset(np.random.default_rng(10**9), np.zeros(32, int))
         torch.manual_seed(10**9)
         for _ in range(10):
-            task = torch.randint(4, (32,))
-            tasks.step(library[1].embedding(task).sample().numpy() / 3)
+            p = skills.embedding(torch.randint(4, (32,)))
+            tasks.step(se.gaussian(p.mean / tasks.reach, p.stddev / tasks.reach).sample().numpy())
         expected[f"success_random_{name}"] = tasks.solved.mean()
         assert 0 < tasks.solved.mean() < 1
         ours, theirs, ratio = se.steps_to_solve(curve, name)
@@ -1047,14 +1101,20 @@ def test_transfer(tmp_path, library, monkeypatch):
 
 
 def test_transfer_learns_a_library_first(tmp_path):
-    """The one that --experiment library would learn; it is the same to be given it."""
-    summary = run(tmp_path / "both", pictures=True, experiment="transfer")
-    run(tmp_path / "library")
-    assert_same(
-        load(tmp_path, "both", "library")["networks"], load(tmp_path, "library")["networks"]
-    )
-    file = str(tmp_path / "library" / "checkpoint.pt")
-    again = run(tmp_path / "new", experiment="transfer", library=file)
+    """Of sixteen goals; it is the same to be given it."""
+    summary = run(tmp_path / "both", pictures=True, **TRANSFER)
+    file = tmp_path / "both" / "library" / "checkpoint.pt"
+    assert len(load(file.parent)["networks"]["embedding.place"]) == 16
+    arguments = json.loads((file.parent / "args.json").read_text())["arguments"]
+    changes = {"out": str(file.parent), "overwrite": True, "gamma": 0.9}
+    assert arguments == json.loads(json.dumps(vars(se.Args(**TINY | TRANSFER | changes))))
+    torch.manual_seed(1)
+    args = se.Args(**TINY | TRANSFER, gamma=0.9)
+    learner = se.SkillLearner(4, 2, 16, 2, "gaussian", 2, 0, 0.4)
+    tasks, rng = se.GoalTasks(16, se.TASKS["transfer"]), np.random.default_rng(1)
+    list(se.learn(tasks, learner, 1280, 2, args, rng, CPU))
+    assert_same(load(file.parent)["networks"], learner.state_dict())
+    again = run(tmp_path / "new", **TRANSFER, library=str(file))
     assert summary | {"minutes": 0} == again | {"minutes": 0}
     assert read_curve(tmp_path / "both") == read_curve(tmp_path / "new")
     assert json.loads((tmp_path / "both" / "summary.json").read_text()) == summary
@@ -1064,7 +1124,7 @@ def test_transfer_learns_a_library_first(tmp_path):
     with Image.open(tmp_path / "both" / "rollout.gif") as film:
         assert film.size[0] > 4 * 256 - 1
     (tmp_path / "both" / "summary.json").unlink()  # as if it had been interrupted
-    run(tmp_path / "both", experiment="transfer")
+    run(tmp_path / "both", **TRANSFER)
 
 
 def test_finished_runs_are_kept(tmp_path):
