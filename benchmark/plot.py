@@ -538,6 +538,7 @@ PICTURES = {  # what runs have drawn: file in the results, and in runs/study/
     "rig_rollout.gif": "rig/push_latent_0.2_0.4_0.4_s1/rollout.gif",
     "skill_library.png": "skill/library_gaussian_0.2_s1/skills.png",
     "skill_generality.png": "skill/generality_gaussian_0.2_s1/skills.png",
+    "skill_walk.png": "skill/transfer_gaussian_0.2_s1/library/skills.png",
     "skill_versatility.png": "skill/versatility_bernoulli_0.5_s1/skills.png",
     "cc_rig_imagined_goals.png": "cc_rig/frame_all_s1/imagined_goals.png",
     "cc_rig_imagined_without.png": "cc_rig/none_all_s1/imagined_goals.png",
