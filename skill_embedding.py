@@ -459,10 +459,11 @@ def update_skill_actor(agent, batch, alpha3, args):
 class GoalTasks:
     """Tasks for the agent alone; for tasks of your own, write a class with the same methods. It
     starts near the centre and sees only itself: only z can tell it which goal to go for. A task
-    (N,) is paid exp(−d²/(2·0.15²)), d the distance to the nearest of its goals. It is solved if the
-    episode's last five steps are near one, within `radius`. With `in_order` the goals are to be
-    visited one after the other, being near the last pays 1 a step, nothing else pays, and the
-    observation ends with a one-hot of the next goal and with the time that is left, 1 to -1."""
+    (N,) is paid exp(−d²/(2·0.15²)), d the distance to the nearest of its goals, and solved if the
+    episode's last five steps are within `radius` of one. With `in_order` the goals are to be
+    visited one after the other: only being near the last, after the others, pays, 1 a step, and
+    solves. The observation then ends with a one-hot of the next goal and with the time left, 1 to
+    -1, on which it depends what a choice is worth."""
 
     action_dim, steps, hold = 2, 40, 1  # A, T, steps of an action
     any_skill = None  # nothing is known that could be tried
@@ -506,7 +507,8 @@ class GoalTasks:
             self.nearest, distance = distance.argmin(1), distance.min(1)
             near, reward = distance < self.radius, np.exp(-(distance**2) / (2 * REWARD_WIDTH**2))
         self.near = np.where(near, self.near + 1, 0)
-        return self.observe(), reward, terminated
+        over = self.in_order and len(self.path) > self.steps  # where time is seen, its end is one
+        return self.observe(), reward, terminated | over
 
     @property
     def solved(self):  # (N,) bool
@@ -874,7 +876,8 @@ def draw_skills(tasks, learner, z):
         if learner.embedding.kind == "gaussian":  # two standard deviations to each side
             ellipse = Ellipse(where[:2], *(4 * width[:2]), fill=False, color="black")
             middle.add_patch(ellipse)
-        middle.annotate(k + 1, where[:2], (10 * (k % 4) - 18, -4), textcoords="offset points")
+        at = {"xytext": (10 * (k % 4) - 18, -4), "textcoords": "offset points"}
+        middle.annotate(k + 1, where[:2], **at, bbox={"fc": "white", "lw": 0, "pad": 1})
     middle.set(xlabel="z1", ylabel="z2", title="the embedding: p(z|t), by task")
 
     along = 2 * p.stddev[0] * torch.eye(z.shape[1], device=z.device)[0]

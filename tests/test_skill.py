@@ -624,6 +624,13 @@ def test_solved_takes_the_last_five_steps():
     assert tasks.near.tolist() == [0] and len(tasks.path) == 1  # nothing leaks across a reset
 
 
+def run_out(tasks):
+    """What the last step of an episode says of its end."""
+    ends = [tasks.step(np.zeros((tasks.num_envs, 2)))[2].tolist() for _ in range(tasks.steps)]
+    assert not np.any(ends[:-1])
+    return ends[-1]
+
+
 def test_goals_in_order():
     """Near the last one pays; what is seen ends with the next goal and the time that is left."""
     goals = np.array([[[0.8, 0.5], [0.2, 0.5]]])
@@ -639,6 +646,9 @@ def test_goals_in_order():
     for _ in range(31):
         obs, _, _ = place(tasks, 0.5, 0.5)
     assert obs[0, 6] == -1
+    assert make_tasks(2, goals, in_order=True).step(np.zeros((2, 2)))[2].tolist() == [False] * 2
+    assert run_out(make_tasks(2, goals, in_order=True)) == [True] * 2  # time is seen: an end
+    assert run_out(make_tasks(2, se.TASKS["library"])) == [False] * 2  # it is not: go on
     obs = tasks.reset(np.random.default_rng(0), np.array([0]))
     assert obs[0, 4:].tolist() == [1, 0, 1]
     small = make_tasks(1, goals, in_order=True, radius=0.03)
