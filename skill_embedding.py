@@ -54,7 +54,8 @@ Differs from the paper
     6. Z = 2, in which a skill can say all of z by where it comes to rest; the paper has 3.
     7. A point, the agent of Sprites alone, instead of a robot arm; minutes on one core. In transfer
        the library has sixteen goals on a circle, so that z can be walked from each to the next; a z
-       is held for 20 steps, whose rewards are added, and γ is that of 20 steps.
+       is held for 20 steps, whose rewards are added, and γ is that of 20 steps. The time left is
+       seen, and three choices of ten are at first any skill of the library.
 
 Run
     python skill_embedding.py
@@ -63,7 +64,7 @@ Run
 
 Writes
     to runs/skill_embedding/<experiment>_<embedding>_s<seed>/: args.json, curve.csv, curve.png,
-    skills.png (episodes by z; the embedding; a walk in z), rollout.gif, checkpoint.pt (at every
+    skills.png (episodes by z; embedding; a walk in z; KL), rollout.gif, checkpoint.pt (at every
     report) and summary.json: `success_rate`, `worst_task`, `solved_goals` (tasks solved in 90 %),
     `identifiability_top1` (share of 64 episodes whose own z is the likeliest of the 64: 1/64 by
     chance, K/64 if only the task shows, never more than 2^Z / 64 with bits),
@@ -118,22 +119,21 @@ NEW_TASKS = {  # to reuse them for, (1, L, 2): goals to visit one after the othe
     "sequencing": CIRCLE[None, [2, 10]],  # opposite to each other
 }
 RADIUS = {"interpolation": 0.05, "sequencing": 0.1}  # frame widths from a goal, to be near it
+COMMON = {"spread": 0.0, "z_sd": 0.2, "alpha1": 2.0, "alpha2": 0.2, "gamma": 0.9}
+COMMON |= {"total_steps": 224_000}
 USUAL = {  # defaults that depend on the experiment
-    "library": {"spread": 1.5, "z_sd": 0.2, "alpha1": 2.0, "alpha2": 0.2},
-    "generality": {"spread": 0.0},  # all tasks start alike
-    "versatility": {"spread": 0.0, "z_sd": 1.0, "alpha1": 5.0, "alpha2": 0.5},  # room for one task
-    "transfer": {"spread": 0.0, "z_sd": 0.4, "gamma": 0.97, "total_steps": 128_000},
+    "library": COMMON | {"spread": 1.5},
+    "generality": COMMON,
+    "versatility": COMMON | {"z_sd": 1.0, "alpha1": 5.0, "alpha2": 0.5},  # room for one task
+    "transfer": COMMON | {"z_sd": 0.4, "gamma": 0.97, "total_steps": 128_000},  # 20 steps a choice
     "one_hot": {"alpha1": 0.0, "alpha2": 0.0},  # nothing to widen, nothing to tell apart
 }
-USUAL["library"] |= {"gamma": 0.9, "total_steps": 224_000}
-for name in ("generality", "versatility", "transfer"):
-    USUAL[name] = USUAL["library"] | USUAL[name]
 Z_RANGE = 3.0  # bound of the means of p(z|t)
 Z_GAIN = 4.5  # of z as an input, so that what differs within a task is not overlooked
 TAU = 0.01  # how fast the target critic follows
 EFFORT = 0.03  # weight of the squared mean action in (4)
 LOG_Q_CLIP = 3.0  # of log q in (1): one odd step must not outweigh the task
-EXPLORING = 0.3  # share of choices that are any skill of the library, at first
+EPSILON = 0.3  # share of choices that are any skill of the library, at first
 REPLAY_EPISODES = 2000
 HELD_STEPS = 5  # at the end, near the goal, to solve a task
 REWARD_WIDTH = 0.15  # frame widths
@@ -155,7 +155,7 @@ class Args:
     total_steps: int | None = None  # environment steps, whole rounds (224,000, transfer 128,000)
     num_envs: int = 16  # episodes of a round, N
     updates: int = 40  # gradient steps after a round
-    batch_size: int = 32  # episodes of an update, B
+    batch_size: int = 32  # episodes of an update, B (choosing skills: --hold times as many)
     learning_rate: float = 1e-3  # of Adam; falls to zero over the second half
     library: str | None = None  # transfer: a checkpoint.pt of skills (default: learn them first)
     hold: int = 20  # transfer: steps for which a chosen z is acted on
@@ -521,11 +521,11 @@ class SkillTasks:
     reach (Z,) is how far the library goes in z; beyond that its policy knows nothing."""
 
     def __init__(self, tasks, library, hold):
-        self.tasks, self.policy, self.hold = tasks, library.policy, hold
+        self.tasks, self.hold = tasks, hold
+        self.policy, self.embedding = library.policy, library.embedding
         with torch.no_grad():
-            p = library.embedding(torch.arange(len(library.embedding.place)))
+            p = self.embedding(torch.arange(len(self.embedding.place)))
         self.reach = (p.mean.abs() + 2 * p.stddev).amax(0)
-        self.usual = p.mean / self.reach, p.stddev / self.reach  # (K, Z) each, as actions
         self.action_dim, self.steps = len(self.reach), tasks.steps // hold
 
     def reset(self, rng, task):
@@ -544,21 +544,22 @@ class SkillTasks:
         return self.obs, total, terminated
 
     def any_skill(self, obs, z):
-        """A policy to explore with: a skill of the library, each (N,) of a task drawn anew."""
-        mean, sd = self.usual
-        task = torch.randint(len(mean), (len(obs),))
-        return gaussian(mean[task], sd[task])
+        """A policy to explore with: a skill of the library, of a task drawn anew for each choice.
+        obs (N, D) -> a distribution over actions (N, Z)."""
+        p = self.embedding(torch.randint(len(self.embedding.place), (len(obs),)))
+        return gaussian(p.mean / self.reach, p.stddev / self.reach)
 
     def __getattr__(self, name):  # what skills do not change: solved, goals, path ...
         return getattr(self.tasks, name)
 
 
-def now_and_then(share, other, policy):
-    """A policy of which each choice is left to another one, with this probability."""
+def now_and_then(epsilon, other, policy):
+    """A policy (N, D), (N, Z) -> over (N, A) that at each choice is `other` with probability ε. It
+    returns the distribution of the one that chose, so that log b is its own."""
 
     def act(obs, z):
         ours, theirs = policy(obs, z), other(obs, z)
-        swap = torch.rand(len(obs), 1, device=obs.device) < share
+        swap = torch.rand(len(obs), 1, device=obs.device) < epsilon
         mean = torch.where(swap, theirs.mean, ours.mean)
         return gaussian(mean, torch.where(swap, theirs.stddev, ours.stddev))
 
@@ -668,7 +669,7 @@ def evaluate_skills(tasks, learner, window):
 
 
 def learn(tasks, learner, total_steps, reports, args, rng, device):
-    """Learn tasks: skills, if they have a z, or by choosing among skills, if actions are those.
+    """Learn tasks: skills, if they have a z, or to act, or to choose skills, if actions are those.
 
     A generator: about `reports` times on the way it yields the steps so far, and metrics."""
     N, hold = tasks.num_envs, tasks.hold
@@ -677,16 +678,16 @@ def learn(tasks, learner, total_steps, reports, args, rng, device):
     task = torch.arange(N, device=device) % tasks.num_tasks
 
     for rounds_so_far in range(1, rounds + 1):
-        left = min(1, 2 - 2 * (rounds_so_far - 1) / rounds)  # 1 for a while, then falling to 0
+        left = min(1, 2 - 2 * (rounds_so_far - 1) / rounds)  # 1 for half of the run, then to 0
 
-        # act and store: one skill for a whole episode
+        # act and store: an episode each, with the same z throughout
         with torch.no_grad():
             p = learner.embedding(task)
             z = p.sample()
             log_b_z = p.log_prob(z)
         policy = learner.policy
         if tasks.any_skill:
-            policy = now_and_then(EXPLORING * left, tasks.any_skill, policy)
+            policy = now_and_then(EPSILON * left, tasks.any_skill, policy)
         episodes = roll_out(tasks, policy, rng, task, z)
         replay.add(episodes | {"log_b_z": log_b_z})
 
@@ -749,7 +750,7 @@ def train_transfer(args):
     device = run.device
     if not args.library:
         folder = run.folder / "library"
-        changes = {"gamma": USUAL["library"]["gamma"], "out": str(folder), "overwrite": True}
+        changes = {"gamma": COMMON["gamma"], "out": str(folder), "overwrite": True}
         train_skills(replace(args, **changes))
     library = load_skills(args.library or folder / "checkpoint.pt").to(device)
     run.start = time.perf_counter()  # the library does not count
@@ -876,7 +877,7 @@ def draw_skills(tasks, learner, z):
         if learner.embedding.kind == "gaussian":  # two standard deviations to each side
             ellipse = Ellipse(where[:2], *(4 * width[:2]), fill=False, color="black")
             middle.add_patch(ellipse)
-        at = {"xytext": (10 * (k % 4) - 18, -4), "textcoords": "offset points"}
+        at = {"xytext": (10 * (k % 4) - 18, -4), "textcoords": "offset points"}  # side by side
         middle.annotate(k + 1, where[:2], **at, bbox={"fc": "white", "lw": 0, "pad": 1})
     middle.set(xlabel="z1", ylabel="z2", title="the embedding: p(z|t), by task")
 
@@ -891,8 +892,9 @@ def draw_skills(tasks, learner, z):
     right.set_title("a walk in z, " + ("from task to task" if K > 1 else "along z1"))
     for axis in more:
         kl = divergences(p).cpu().numpy()
-        axis.imshow(np.log1p(kl), cmap="Blues", vmax=None if K > 4 else 12)
-        for i, j in np.ndindex((0, 0) if K > 4 else (K, K)):  # room for numbers
+        few = K <= 4  # room for numbers, which must be legible
+        axis.imshow(np.log1p(kl), cmap="Blues", vmax=12 if few else None)
+        for i, j in np.ndindex((K, K) if few else (0, 0)):
             axis.text(j, i, f"{kl[i, j]:.3g}", ha="center", va="center")
         axis.set_xticks(range(K), range(1, K + 1))
         axis.set_yticks(range(K), range(1, K + 1))
