@@ -80,8 +80,8 @@ Writes
 
 Result
     Four goals in 97 to 99 % of the episodes (five seeds, 4 minutes). New tasks with skills, three
-    seeds: a goal between two after 1,920 to 3,840 steps (from scratch 10,240 to 24,960), two goals
-    in order after 3,200 to 7,040 (once after 21,120, else never). All: benchmark/README.md.
+    seeds: a goal between two after 3,200 to 4,480 steps (from scratch 7,680, 8,320, never), two
+    goals in order after 3,840 to 7,680 (once after 14,080, else never). All: benchmark/README.md.
 
 Try
     1. --alpha2 0 --out runs/a, --alpha2 0.3 --out runs/b: what changes in skills.png and in
