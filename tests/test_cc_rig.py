@@ -85,7 +85,7 @@ def test_what_is_shared_is_rig_td3s():
     own, relative = code(cc_rig), code(rig_td3)
     for name in SHARED.split():
         assert own[name] == relative[name], name
-    for name in "TARGET_NOISE NOISE_CLIP RANDOM_STEPS ACTOR_EVERY HIDDEN SUCCESS".split():
+    for name in "TARGET_NOISE NOISE_CLIP RANDOM_STEPS ACTOR_EVERY SUCCESS".split():
         assert getattr(cc_rig, name) == getattr(rig_td3, name)
     own, relative = Args(), rig_td3.Args()
     for name in "goal_fractions num_envs noise batch_size gamma tau".split():
