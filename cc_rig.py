@@ -59,7 +59,8 @@ Differs from the paper
     4. TD3 is given z_c at 0.03 of its size. At full size the distance to goals is twice as large:
        in reach the action does not depend on it, but 128 numbers drown eight.
     5. No batch norm, dropout or weight decay. Networks, TD3's settings, relabelling and exploration
-       are those of rig_td3.py, but 8,000 steps and half the learning rate. No fine-tuning and no
+       are those of rig_td3.py, but for 8,000 steps, 128 hidden units, z̄_g itself in place of its
+       difference from z̄, and a constant learning rate, a quarter as large. No fine-tuning and no
        fitted prior, as in the paper; in this --context none is not rig_td3.py.
     6. The replay holds every episode of the run, so no context is ever overwritten.
 
