@@ -61,7 +61,7 @@ Differs from the paper
     5. No batch norm, dropout or weight decay. Networks, TD3's settings, relabelling and exploration
        are those of rig_td3.py, but for 8,000 steps, 128 hidden units, z̄_g itself in place of its
        difference from z̄, and a constant learning rate, a quarter as large. No fine-tuning and no
-       fitted prior, as in the paper; in this --context none is not rig_td3.py.
+       fitted prior, as in the paper; in all of this --context none is not rig_td3.py.
     6. The replay holds every episode of the run, so no context is ever overwritten.
 
 Run

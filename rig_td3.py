@@ -18,7 +18,7 @@ Algorithm
     repeat until --total-steps:
         imagine: a goal z_g for each environment   from the prior (3)
         practise: an episode toward it, stored     with exploration noise, random at first
-        as many times as it had steps:
+        as many times as these episodes had steps:
             relabelled_batch                       other goals (5), rewards (4)
             update_goal_critic                     one step on (8)
             every second time update_goal_actor    one step on (9); slow copies follow
@@ -39,9 +39,9 @@ Equations
 
 Notation
     s image, z its code, z_g a goal, a action, π the actor, Q the twin critics, bars: slow copies,
-    prime: next step. N environments, T steps of an episode, E episodes, B batch, M images (or
-    held-out goals), K objects in the frame, Z size of z, A (in shapes) of an action, D of an
-    observation.
+    prime: next step. N environments, T steps of an episode, B batch, M images (or held-out goals),
+    K objects in the frame, P x P patches of p x p pixels, H hidden units, Z size of z, A (in
+    shapes) of an action, D of an input.
 
 Differs from the paper
     1. β in (1) falls from 20 to 1 while the VAE trains; it multiplies a *sum* over z, beside a
@@ -53,9 +53,9 @@ Differs from the paper
     3. Two layers of 256 units, 20,000 steps (push 100,000), one update a step; the authors' code
        has 400-300, half a million, four. γ = 0.9 in reach, where going straight is best; 0.98 in
        push, where the way around pays late. Gaussian exploration noise; the first 800 steps are
-       random; the learning rate of TD3 falls to zero over the second half.
-    4. Actor and critic are given z and z_g − z, the way ahead, which they would otherwise have to
-       learn to subtract.
+       random. The learning rate falls to zero over the second half, so that the policy settles.
+    4. Actor and critic are given the goal relative to z: (z, z_g − z) in place of (z, z_g). They
+       are still functions of z and z_g, which need not learn to subtract.
     5. When the VAE is fine-tuned, practised goals are carried over: the old decoder draws them, the
        new encoder reads them. Everything else in the buffer is encoded again.
     6. --goals pixel pays −0.2 ‖s' − p(z_g)‖, even for goals from the future, whose image is known.
@@ -73,8 +73,9 @@ Writes
     `untouched_agent_distance`, `untouched_block_distance` (doing nothing), `success_rate` (agent in
     reach, square in push within 0.05), `probe_r2_agent`, `probe_r2_square`, the smaller `probe_r2`
     (linear map from z to positions, on new images), `vae_minutes`, `minutes`. No VAE in oracle.
-    Columns of curve.csv: `step`, `seconds`, `steps_per_second` (with the VAE's time), these, and of
-    the last batch `critic_loss`, `q` (of the actor's actions) and `reward`.
+    Columns of curve.csv: `step`, `seconds`, `steps_per_second` (with the VAE's time), the final
+    distances, `success_rate`, `probe_r2_agent`, `probe_r2_square`, and of the last batch
+    `critic_loss`, `q` (of the actor's actions) and `reward`.
 
 Result
     Distance to unseen goals, in frame widths: reach, agent .024 ± .001 (untouched .403), 2.4
@@ -133,7 +134,7 @@ class Args:
     num_envs: int = 10  # episodes of a round, after which come as many updates as it had steps
     noise: float = 0.2  # standard deviation of the exploration noise, in actions
     batch_size: int = 256  # transitions per update of TD3, B
-    learning_rate: float = 2e-3  # of Adam, for actor and critic; falls in the second half
+    learning_rate: float = 2e-3  # of Adam, for actor and critic; falls to zero over the second half
     gamma: float | None = None  # discount factor (default: 0.9 reach, 0.98 push)
     tau: float = 0.01  # how fast the target networks follow
     eval_episodes: int = 200  # held-out goal images, each reached for in one episode
@@ -357,14 +358,15 @@ def smoothed(action, noise):
 
 
 def td_target(reward, terminated, next_value, gamma):
-    """y = r + γ (1 − terminated) V(s'), eq. (7). All (B,), called without gradient. A time limit
-    is not in here: an episode that was cut off goes on, as far as values are concerned."""
+    """y = r + γ (1 − terminated) min Q̄ᵢ, eq. (7); next_value is that minimum. All (B,), called
+    without gradient. A time limit is not in here: an episode that was cut off goes on, as far as
+    values are concerned."""
     assert reward.shape == terminated.shape == next_value.shape
     return reward + gamma * (1 - terminated) * next_value
 
 
 def critic_loss(q, target):
-    """Σᵢ E[(Qᵢ(s,a) − y)²], eq. (8). q (2, B), target (B,) -> scalar."""
+    """Σᵢ E[(Qᵢ(z, z_g, a) − y)²], eq. (8). q (2, B), target (B,) -> scalar."""
     assert q.shape == (2, *target.shape)
     return (q - target).square().mean(-1).sum()
 
@@ -452,7 +454,7 @@ class EpisodeReplay:
     def __init__(self, episodes, steps, observation_space, action_dim, z_dim):
         self.size = 0  # episodes so far
         shape, dtype = observation_space.shape, observation_space.dtype
-        self.observations = np.zeros((episodes, steps + 1, *shape), dtype)
+        self.observations = np.zeros((episodes, steps + 1, *shape), dtype)  # push: 420 MB
         self.actions = np.zeros((episodes, steps, action_dim), np.float32)
         self.terminated = np.zeros((episodes, steps), np.float32)
         self.goals = np.zeros((episodes, z_dim), np.float32)  # as practised
@@ -574,7 +576,7 @@ def imagine(prior, count):
 
 
 def pursue(agent, seer, obs, goals):
-    """Actions (N, A) toward goals (N, Z), without noise: from z and from the way ahead, z_g − z."""
+    """Actions (N, A) toward goals (N, Z), without noise. The agent is given the relative goal."""
     z = seer.encode(obs)
     return agent.act(z, goals - z)
 
@@ -648,9 +650,9 @@ def train(args):
         practise(agent, seer, episodes, replay, prior, rng, args)
 
         # learn: as many updates as steps
-        rate = args.learning_rate * min(1, 2 * (1 - (count - N) / (rounds * N)))
+        left = min(1, 2 - 2 * (count - N) / (rounds * N))  # 1 for half of the run, then to 0
         for optimizer in (agent.actor_optimizer, agent.critic_optimizer):
-            optimizer.param_groups[0]["lr"] = rate
+            optimizer.param_groups[0]["lr"] = args.learning_rate * left
         for i in range(N * T):
             batch = relabelled_batch(replay, rng, seer, prior, args)
             metrics = update_goal_critic(agent, batch, args.gamma)

@@ -109,6 +109,7 @@ def test_defaults_depend_on_the_task():
     env = rig_td3.make_env(push, 3, horizon=9)
     assert (env.num_envs, env.horizon, env.task) == (3, 9, "push")
     assert (env.distractors, env.observation) == (2, "state")
+    assert reach.learning_rate == 2e-3
     assert (rig_td3.RANDOM_STEPS, rig_td3.REPORT_EVERY) == (800, 2000)  # as the docstring says
 
 
@@ -385,7 +386,8 @@ def test_agent_starts_with_slow_copies_and_an_optimiser_for_each_network():
     z, goals = torch.randn(4, 3), torch.randn(4, 3)
     side_by_side = torch.cat([z, goals], 1).double().numpy()
     close(agent.act(z, goals), np.tanh(numpy_mlp(agent.actor.mlp, side_by_side)))
-    assert [layer.out_features for layer in agent.actor.mlp[::2]] == [256, 256, 2]
+    for mlp, size in ((agent.actor.mlp, 2), *((head, 1) for head in agent.critic.heads)):
+        assert [layer.out_features for layer in mlp[::2]] == [256, 256, size]
 
 
 def test_update_vae():
@@ -803,6 +805,7 @@ def story(tmp_path_factory):
             patch.setattr(rig_td3, name, call)
         changes = {"task": "push", "distractors": 1, "z_dim": 3, "seed": 2, "images": 250}
         changes |= {"num_envs": 2, "total_steps": 47, "finetune_every": 3, "gamma": 0.7, "tau": 0.3}
+        changes |= {"learning_rate": 1e-3}
         args = Args(**TINY | changes, beta=0.5, out=str(out))
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
@@ -829,7 +832,7 @@ def test_story_order(story):
 
 def test_story_rate_falls_in_the_second_half(story):
     """Five rounds of eight updates: half of the way is reached within the third."""
-    expected = 2e-3 * np.repeat([1, 1, 1, 0.8, 0.4], 8)
+    expected = 1e-3 * np.repeat([1, 1, 1, 0.8, 0.4], 8)
     np.testing.assert_allclose(story.rates, np.stack([expected] * 2, axis=1))
 
 
