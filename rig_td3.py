@@ -83,7 +83,8 @@ Result
 
 Try
     1. --beta 20 --out runs/vague, --beta 0.05 --out runs/sharp: what is lost in latent_walk.png?
-    2. --gamma 0 --out runs/near, with --task push --out runs/far: which task needs foresight?
+    2. --gamma 0 --out runs/near, with --task push --total-steps 30000 --out runs/far: which task
+       needs foresight?
     3. --distractors 2: more that the agent cannot move, elsewhere in every imagined goal.
 """
 
