@@ -78,8 +78,8 @@ Writes
     `critic_loss`, `q` (of the actor's actions) and `reward`.
 
 Result
-    Distance to unseen goals, in frame widths: reach, agent .024 ± .001 (untouched .403), 2.4
-    minutes; push, square .078 ± .010 (.278), 5.1 minutes. All: benchmark/README.md.
+    Distance to unseen goals, in frame widths: reach, agent .019 ± .002 (untouched .403), 4.3
+    minutes; push, square .037 ± .004 (.278), 19 minutes. All: benchmark/README.md.
 
 Try
     1. --beta 20 --out runs/vague, --beta 0.05 --out runs/sharp: what is lost in latent_walk.png?
