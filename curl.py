@@ -21,7 +21,7 @@ Algorithm
             batch ← sample_views                    stacks, shifted as the mode has it
             update_critic_and_encoder               one step on (5), and on (2) if contrastive
             every second time:
-                update_actor_and_temperature        one step on (6) and (7)
+                update_actor_and_alpha        one step on (6) and (7)
                 polyak_                             (3), and the same for the target critic
         twenty times in all: evaluate
     probe                                           what a linear map reads off z, (9)
@@ -124,6 +124,8 @@ class Args:
     encoder_tau: float = 0.05  # τ̄, how fast the key encoder follows
     alpha: float = 0.01  # α at the start, for rewards in units of their standard deviation
     frame_stack: int = 3  # frames that the encoder sees at once (S)
+    patch: Literal[4, 8] = 4  # pixels of a side of the first patches; at 8 they overlap: finer
+    past_actions: int = 0  # that critic and actor are told beside z: frames do not show them
     pad: int = 4  # a shift is by at most this many pixels
     z_dim: int = 50  # size of the code (Z)
     hidden: int = 256  # units of each of the two hidden layers of policy and critic
@@ -135,7 +137,7 @@ class Args:
     overwrite: bool = False  # redo a finished run
 
     def __post_init__(self):
-        require_positive(self, but="gamma pad")
+        require_positive(self, but="gamma pad past_actions")
         below = self.gamma < 1 and self.tau <= 1 and self.encoder_tau <= 1
         require(below, "--gamma must be below 1, --tau and --encoder-tau not above")
         T = sprites_env.steps_of_episodes(make_env(self, 1))
@@ -169,10 +171,12 @@ class Args:
 # --- Networks --------------------------------------------------------------------------------
 
 
-def patch_convolutions(channels):
-    """Patches of 4 x 4 pixels, then 3 x 3 of them at every second: (B, S, 64, 64) -> (B, 2048)."""
-    layers = [nn.Conv2d(channels, 16, 4, stride=4), nn.ReLU()]  # (B, 16, 16, 16)
-    layers += [nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU()]  # (B, 32, 8, 8)
+def patch_convolutions(channels, patch=4):
+    """A patch of pixels at every fourth, then 3 x 3 of them at every second: (B, S, 64, 64) ->
+    (B, 2048)."""
+    first = nn.Conv2d(channels, 4 * patch, patch, stride=4, padding=patch // 2 - 2)
+    second = nn.Conv2d(4 * patch, 32, 3, stride=2, padding=1)
+    layers = [first, nn.ReLU(), second, nn.ReLU()]  # (B, 16 or 32, 16, 16), (B, 32, 8, 8)
     return orthogonal_(nn.Sequential(*layers, nn.Flatten())).to(memory_format=torch.channels_last)
 
 
@@ -193,6 +197,17 @@ class SquashedActor(nn.Module):
     def forward(self, z):  # (B, Z) -> mean (B, A), log_std (B, A)
         mean, x = self.mlp(z).chunk(2, dim=-1)
         return mean, LOG_STD_LOW + (LOG_STD_HIGH - LOG_STD_LOW) / 2 * (x.tanh() + 1)
+
+
+class ActorWithHead(nn.Module):
+    """π(a|s) of what the convolutions gave, by a head of its own, and of past actions."""
+
+    def __init__(self, head, z_dim, hidden, action_dim, past_dim):
+        super().__init__()
+        self.head, self.policy = head, SquashedActor(z_dim + past_dim, hidden, action_dim)
+
+    def forward(self, h, past):  # (B, F), (B, P A) -> mean (B, A), log_std (B, A)
+        return self.policy(torch.cat([self.head(h), past], dim=-1))
 
 
 class TwinCritic(nn.Module):
@@ -232,13 +247,15 @@ class CURLAgent:
         self.convolutions, head = nn.Identity(), nn.Identity
         if pixels:
             stack = args.frames * space.shape[0], *space.shape[1:]  # channels, height, width
-            self.convolutions = patch_convolutions(stack[0])
+            self.convolutions = patch_convolutions(stack[0], args.patch)
             size = self.convolutions(torch.zeros(1, *stack)).shape[1]  # F, for 64 x 64 pixels 2048
             head = lambda: code_head(size, z_dim)  # noqa: E731
         self.head = head()
         self.encoder = nn.Sequential(self.convolutions, self.head).to(device)
-        self.critic = TwinCritic(z_dim, args.hidden, action_dim).to(device)
-        self.actor = nn.Sequential(head(), SquashedActor(z_dim, args.hidden, action_dim)).to(device)
+        self.action_dim, past_dim = action_dim, args.past_actions * action_dim
+        self.critic = TwinCritic(z_dim, args.hidden, action_dim + past_dim).to(device)
+        actor = ActorWithHead(head(), z_dim, args.hidden, action_dim, past_dim)
+        self.actor = actor.to(device)
         self.W = nn.Parameter(torch.eye(z_dim, device=device))
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha), device=device))
         self.key_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
@@ -258,8 +275,9 @@ class CURLAgent:
         return 2 * (to_tensor(obs, self.device) - low) / (high - low) - 1
 
     @torch.no_grad()
-    def act(self, obs, noise=False):  # (N, ...) -> (N, A), arrays
-        mean, log_std = self.actor(self.convolutions(self.see(obs)))
+    def act(self, obs, past, noise=False):  # (N, ...), (N, P A) -> (N, A), arrays
+        past = to_tensor(past, self.device)
+        mean, log_std = self.actor(self.convolutions(self.see(obs)), past)
         action = sample_squashed(mean, log_std)[0] if noise else mean.tanh()
         return action.cpu().numpy()
 
@@ -353,12 +371,14 @@ def polyak_(slow, fast, tau):
 def update_critic_and_encoder(agent, batch, args):
     """One step of critic and encoder on (5) and, in modes with a contrastive loss, of encoder and W
     on (2). Returns metrics, and the convolutions' output (B, F) for the actor, without gradient."""
+    past_next = batch["a"][:, : -agent.action_dim]  # a, and all but the last of what preceded it
     h = agent.convolutions(batch["x"])  # (B, F)
     z = agent.head(h)  # (B, Z)
     with torch.no_grad():
         h_next = agent.convolutions(batch["x_next"])
-        a_next, log_prob_next = sample_squashed(*agent.actor(h_next))
-        next_value = agent.critic_target(agent.head(h_next), a_next).amin(0)  # (B,)
+        a_next, log_prob_next = sample_squashed(*agent.actor(h_next, past_next))
+        actions_next = torch.cat([a_next, past_next], dim=-1)
+        next_value = agent.critic_target(agent.head(h_next), actions_next).amin(0)  # (B,)
         next_value -= agent.log_alpha.exp() * log_prob_next
         y = td_target(batch["r"], batch["terminated"], next_value, args.gamma)
     q = agent.critic(z.detach() if args.mode == "contrastive_only" else z, batch["a"])  # (2, B)
@@ -379,12 +399,13 @@ def update_critic_and_encoder(agent, batch, args):
     return metrics, h.detach()
 
 
-def update_actor_and_temperature(agent, h):
+def update_actor_and_alpha(agent, h, past):
     """One step of the actor on (6), of α on (7). h (B, F) is what the convolutions gave, without
-    gradient: they learn from update_critic_and_encoder only. (6) fills the critic's .grad as well;
-    its own zero_grad discards that."""
-    a, log_prob = sample_squashed(*agent.actor(h))
-    q = agent.critic(agent.head(h).detach(), a).amin(0)
+    gradient: they learn from update_critic_and_encoder only; past (B, P A). (6) fills the critic's
+    .grad as well; its own zero_grad discards that."""
+    a, log_prob = sample_squashed(*agent.actor(h, past))
+    actions = torch.cat([a, past], dim=-1)
+    q = agent.critic(agent.head(h).detach(), actions).amin(0)
     loss = soft_actor_loss(q, log_prob, agent.log_alpha.exp().detach())
     loss = loss + temperature_loss(agent.log_alpha, log_prob, target_entropy=-a.shape[1])
     agent.actor_optimizer.zero_grad()
@@ -479,6 +500,18 @@ def remembering(policy, frames):
     return act
 
 
+def without_noise(agent, num_envs, args):
+    """The agent's policy of single observations, for one episode of each environment."""
+    past = np.zeros((num_envs, args.past_actions * agent.action_dim))
+
+    def act(stacks):
+        action = agent.act(stacks, past)
+        past[:] = np.concatenate([action, past], axis=1)[:, : past.shape[1]]
+        return action
+
+    return remembering(act, args.frames)
+
+
 # --- Measures: what is in the code? ----------------------------------------------------------
 
 
@@ -563,18 +596,19 @@ def train(args):
     run = Run(args, total=rounds * N * T)
     agent = CURLAgent(space, action_dim, args, run.device)
     random_encoder = copy.deepcopy(agent.encoder)  # the probe's control
-    replay = FrameReplay(rounds, N, T, space, action_dim, args.frames)
+    past = np.zeros((N, args.past_actions * action_dim))  # latest first; stored with every action
+    replay = FrameReplay(rounds, N, T, space, action_dim + past.shape[1], args.frames)
     print(f"replay: {replay.observations.nbytes:,} bytes of observations, each stored once")
     rng, recent, updates = np.random.default_rng(args.seed), [], 0
     total_updates = (rounds * T - args.first_update + 1) * args.updates
     reports = {max(args.first_update, math.ceil(rounds * T * i / 20)) for i in range(1, 21)}
-
     held_out = make_env(args, args.eval_episodes)
     episodes = sprites_env.Episodes(env, args.seed * 100_000)
     for step in range(1, rounds * T + 1):
         # act
         if (step - 1) % T == 0:  # all environments start an episode together
-            act = remembering(lambda stacks: agent.act(stacks, noise=True), args.frames)
+            past[:] = 0
+            act = remembering(lambda stacks: agent.act(stacks, past, noise=True), args.frames)
         obs, action = episodes.obs, act(episodes.obs)
         if step <= args.first_update:
             action = rng.uniform(-1, 1, action.shape)
@@ -583,7 +617,9 @@ def train(args):
         require((ended == (step % T == 0)).all(), f"all episodes must have {T} steps")
 
         # store
-        replay.add(obs, action, reward, successors, terminated)
+        actions = np.concatenate([action, past], axis=1)
+        replay.add(obs, actions, reward, successors, terminated)
+        past[:] = actions[:, : past.shape[1]]
         if step < args.first_update:
             continue
         if step == args.first_update:
@@ -599,14 +635,13 @@ def train(args):
             metrics, h = update_critic_and_encoder(agent, batch, args)
             recent.append(metrics.get("contrastive_accuracy"))
             if updates % ACTOR_EVERY == 0:
-                update_actor_and_temperature(agent, h)
+                update_actor_and_alpha(agent, h, batch["a"][:, action_dim:])
                 polyak_(agent.critic_target, agent.critic, args.tau)
                 polyak_(agent.key_encoder, agent.encoder, args.encoder_tau)
 
         # report
         if step in reports:
-            policy = remembering(agent.act, args.frames)
-            returns = sprites_env.evaluate(policy, held_out)
+            returns = sprites_env.evaluate(without_noise(agent, args.eval_episodes, args), held_out)
             if args.mode in CONTRASTIVE:
                 metrics["contrastive_accuracy"] = torch.stack(recent).mean()
             recent.clear()
@@ -617,8 +652,8 @@ def train(args):
             networks = {"encoder": agent.encoder.state_dict(), "actor": agent.actor.state_dict()}
             run.save("checkpoint.pt", networks | {"step": step * N})
 
-    env, policy = make_env(args, 4, render_mode="rgb_array"), remembering(agent.act, args.frames)
-    run.save("rollout.gif", sprites_env.film(policy, env))
+    env = make_env(args, 4, render_mode="rgb_array")
+    run.save("rollout.gif", sprites_env.film(without_noise(agent, 4, args), env))
     summary = sprites_env.summary(returns) | {"updates": updates}
     panels = [(f"return of a {T}-step episode", ("train_return", "eval_return"))]
     if args.mode in CONTRASTIVE:

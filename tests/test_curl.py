@@ -71,6 +71,11 @@ def test_networks():
         torch.testing.assert_close(mean, x[:, :2])
         torch.testing.assert_close(log_std, -10 + 6 * (1 + x[:, 2:].tanh()))
 
+        past = torch.randn(5, 4)
+        with_head = curl.ActorWithHead(head, 7, 16, 2, past_dim=4)
+        expected = with_head.policy(torch.cat([z, past], dim=1))
+        torch.testing.assert_close(with_head(h, past), expected)
+
         q = critic(z, action)
         for i in (0, 1):
             expected = critic.heads[i](torch.cat([z, action], dim=1))[:, 0]
@@ -80,6 +85,24 @@ def test_networks():
     assert all(layer.bias.abs().sum() == 0 for layer in (one, two, three))
     by_hand = three(two(one(torch.cat([z, action], dim=1)).relu()).relu())[:, 0]
     torch.testing.assert_close(q[0], by_hand)
+
+
+@pytest.mark.parametrize(
+    ("patch", "filters", "rows", "columns"), [(4, 16, {7}, {8}), (8, 32, {6, 7}, {7, 8})]
+)
+def test_patches(patch, filters, rows, columns):
+    """Every pixel is in one patch of 4 x 4, or in four of 8 x 8, which have the same centres."""
+    args = curl.Args(**TINY, patch=patch, frame_stack=2)
+    agent = curl.CURLAgent(curl.make_env(args, 1).single_observation_space, 2, args, "cpu")
+    frames = torch.zeros(1, 2, 64, 64)
+    with torch.no_grad():
+        without = agent.convolutions[0](frames)
+        frames[:, :, 29, 33] = 1
+        changed = agent.convolutions[0](frames) != without
+        assert agent.convolutions(frames).shape == (1, 2048)
+    assert changed.shape == (1, filters, 16, 16)
+    _, _, row, column = changed.nonzero().T
+    assert set(row.tolist()) == rows and set(column.tolist()) == columns
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -116,12 +139,13 @@ def test_seeing_and_acting():
     expected = np.repeat([[-1], [1], [0.5]], 8, axis=1)
     np.testing.assert_allclose(agent.see(obs), expected, atol=1e-5)
 
-    mean, log_std = (x.detach() for x in agent.actor(agent.see(obs)))
+    past = np.linspace(-1, 1, 12).reshape(3, 4)
+    mean, log_std = (x.detach() for x in agent.actor(agent.see(obs), torch.tensor(past).float()))
     torch.manual_seed(1)
     noisy = (mean + log_std.exp() * torch.randn(3, 2)).tanh()
     torch.manual_seed(1)
-    np.testing.assert_allclose(agent.act(obs), mean.tanh(), atol=1e-6)
-    np.testing.assert_allclose(agent.act(obs, noise=True), noisy, atol=1e-6)
+    np.testing.assert_allclose(agent.act(obs, past), mean.tanh(), atol=1e-6)
+    np.testing.assert_allclose(agent.act(obs, past, noise=True), noisy, atol=1e-6)
 
 
 # --- Equations -------------------------------------------------------------------------------
@@ -271,8 +295,9 @@ def test_losses_refuse_to_broadcast(broadcast):
 
 
 def small(mode, **changes):
-    """Arguments, an agent whose networks are all at places of their own, and six transitions."""
-    args = curl.Args(**TINY | {"mode": mode, "frame_stack": 2} | changes)
+    """Arguments, an agent that is told its last two actions and whose networks are all at places of
+    their own, and six transitions."""
+    args = curl.Args(**TINY | {"mode": mode, "frame_stack": 2, "past_actions": 2} | changes)
     space = curl.make_env(args, 1).single_observation_space
     agent = curl.CURLAgent(space, 2, args, torch.device("cpu"))
     with torch.no_grad():
@@ -281,7 +306,7 @@ def small(mode, **changes):
                 p.add_(0.1 * torch.randn_like(p))
     shape = (8,) if mode == "state" else (2, 64, 64)
     batch = {name: torch.rand(6, *shape) for name in ("x", "x_next", "query", "key")}
-    batch |= {"a": 2 * torch.rand(6, 2) - 1, "r": torch.randn(6)}
+    batch |= {"a": 2 * torch.rand(6, 6) - 1, "r": torch.randn(6)}
     return args, agent, batch | {"terminated": torch.tensor([1.0, 0, 0, 1, 0, 0])}
 
 
@@ -313,12 +338,12 @@ def check_step(loss, optimizer, update, still):
     return result
 
 
-def sample_action(agent, h):
-    """As the update will, from the same noise."""
+def sample_action(agent, h, past):
+    """As the update will, from the same noise: an action and those before, and its log density."""
     torch.manual_seed(1)
-    mean, log_std = agent.actor(h)
+    mean, log_std = agent.actor(h, past)
     u = mean + log_std.exp() * torch.randn_like(mean)
-    return u.tanh(), log_density(u, mean, log_std)
+    return torch.cat([u.tanh(), past], dim=1), log_density(u, mean, log_std)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -327,7 +352,8 @@ def test_update_critic_and_encoder(mode):
     contrastive loss encoder and W on (2), with keys of the slow encoder."""
     args, agent, batch = small(mode, gamma=0.5, alpha=0.2)
     with torch.no_grad():
-        a_next, log_prob = sample_action(agent, agent.convolutions(batch["x_next"]))
+        past_next, h_next = batch["a"][:, :4], agent.convolutions(batch["x_next"])
+        a_next, log_prob = sample_action(agent, h_next, past_next)
         q_next = agent.critic_target(agent.encoder(batch["x_next"]), a_next).double().numpy()
         keys = agent.key_encoder(batch["key"])
         h = agent.convolutions(batch["x"])
@@ -359,17 +385,17 @@ def test_update_critic_and_encoder(mode):
 
 
 @pytest.mark.parametrize("mode", ["state", "curl"])
-def test_update_actor_and_temperature(mode):
+def test_update_actor_and_alpha(mode):
     """The actor descends on (6), by way of its actions, α on (7); encoder and critic keep still."""
     _, agent, batch = small(mode, alpha=0.2)
     h = agent.convolutions(batch["x"]).detach()
-    a, log_prob = sample_action(agent, h)
+    a, log_prob = sample_action(agent, h, batch["a"][:, 2:])
     alpha = agent.log_alpha.exp()
     q = torch.minimum(*agent.critic(agent.encoder(batch["x"]).detach(), a))
     loss = (alpha.item() * log_prob - q).mean() - alpha * (log_prob.mean().item() - 2)
 
     def update():
-        return curl.update_actor_and_temperature(agent, h)
+        return curl.update_actor_and_alpha(agent, h, batch["a"][:, 2:])
 
     trained = ("actor", "log_alpha")
     still = [p for name, ps in networks(agent).items() if name not in trained for p in ps]
@@ -487,7 +513,7 @@ def test_states_without_bounds_and_images_of_other_sizes():
     assert seen.tolist() == [[0.5, 7, -5, 9]] and seen.dtype == torch.float32
     space = gym.spaces.Box(0, 255, (3, 84, 60), np.uint8)
     agent = curl.CURLAgent(space, 4, curl.Args(**TINY), torch.device("cpu"))
-    assert agent.act(np.zeros((5, 9, 84, 60), np.uint8)).shape == (5, 4)
+    assert agent.act(np.zeros((5, 9, 84, 60), np.uint8), np.zeros((5, 0))).shape == (5, 4)
 
 
 def test_replay_stores_a_frame_once_and_samples_what_there_is():
@@ -639,15 +665,17 @@ class Puppet(curl.CURLAgent):
 
     def __init__(self, *args):
         super().__init__(*args)
-        Puppet.last, self.seen = self, {True: [], False: []}
+        Puppet.last, self.seen, self.past = self, {True: [], False: []}, {True: [], False: []}
 
-    def act(self, obs, noise=False):
+    def act(self, obs, past, noise=False):
         self.seen[noise].append(obs)
+        self.past[noise].append(past.copy())
         return np.full((len(obs), 2), 0.5 if noise else -0.25)
 
 
 PUPPETS = {"initial_steps": 99, "updates": 3, "seed": 3, "eval_episodes": 5, "tau": 0.3}
 PUPPETS |= {"encoder_tau": 0.6, "learning_rate": 0.1, "total_steps": 239, "z_dim": 5}
+PUPPETS |= {"past_actions": 2}
 
 
 @pytest.fixture(scope="module", params=[SpritesVectorEnv, Terminal])
@@ -668,9 +696,11 @@ def puppets(request, tmp_path_factory):
         torch.nn.init.constant_(agent.critic.heads[0][-1].bias, n)
         torch.nn.init.constant_(agent.convolutions[0].bias, n)
         assert len(batch["x"]) == 4
+        seen.batch = batch
         return {"critic_loss": torch.tensor(n), "contrastive_accuracy": torch.tensor(1.0 * n)}, n
 
-    def update_actor_and_temperature(agent, h):
+    def update_actor_and_alpha(agent, h, past):
+        assert torch.equal(past, seen.batch["a"][:, 2:])
         seen.acting.append(h)
         torch.nn.init.constant_(agent.log_alpha, math.log(h))
 
@@ -682,7 +712,7 @@ def puppets(request, tmp_path_factory):
         patch.setattr(curl, "FrameReplay", Watched)
         patch.setattr(curl, "CURLAgent", Puppet)
         patch.setattr(curl, "update_critic_and_encoder", update_critic_and_encoder)
-        patch.setattr(curl, "update_actor_and_temperature", update_actor_and_temperature)
+        patch.setattr(curl, "update_actor_and_alpha", update_actor_and_alpha)
         seen.summary = run(seen.folder, **PUPPETS)
     seen.agent, seen.replay = Puppet.last, Watched.last
     seen.rows = [{k: float(v) for k, v in row.items()} for row in untimed_rows(seen.folder)]
@@ -709,7 +739,11 @@ def test_what_is_seen_done_and_stored(puppets):
     assert puppets.seeds == {(2, 300_000), (5, 10**9), (4, 10**9), (8, 10**9 + 50_000)}
     replay, stacks = puppets.replay, puppets.agent.seen[True]
     assert replay.size == len(stacks) * 2 == 160
-    actions = replay.actions.reshape(80, 2, 2)
+    actions, *past = np.split(replay.actions.reshape(80, 2, 6), 3, axis=2)
+    for i, before in enumerate(past, start=1):
+        expected = [actions[t - i] if t % 40 >= i else np.zeros((2, 2)) for t in range(80)]
+        assert np.array_equal(before, expected)
+    assert np.array_equal(np.concatenate(past, 2), np.float32(puppets.agent.past[True]))
     assert (actions[50:] == 0.5).all() and 0.5 < actions[:50].std() < 0.65
     assert np.abs(actions[:50]).max() > 0.95 and not (actions[:50] == 0.5).any()
     episodes = sprites_env.Episodes(SpritesVectorEnv(2), 300_000)
@@ -752,6 +786,9 @@ def test_reports(puppets):
     assert {name: summary[name] for name in expected} == pytest.approx(expected)
     stacks = puppets.agent.seen[False]
     assert [len(x) for x in stacks] == [5] * 9 * 40 + [4] * 40
+    for first in (0, 40, 360):  # the film's is the last
+        past = [x[0].tolist() for x in puppets.agent.past[False][first : first + 3]]
+        assert past == [[0] * 4, [-0.25] * 2 + [0] * 2, [-0.25] * 4]
     fresh = [(x[:, 0] == x[:, 2]).all() for x in stacks]
     assert all(fresh[::40]) and sum(fresh) == 10
 
@@ -832,6 +869,7 @@ def test_learns_from_states(tmp_path, monkeypatch):
         ({"encoder_tau": 1.5}, "--encoder-tau"),
         ({"alpha": 0.0}, "--alpha must be positive"),
         ({"pad": -1}, "--pad"),
+        ({"past_actions": -1}, "--past-actions"),
         ({"frame_stack": 0}, "--frame-stack must be positive"),
         ({"learning_rate": math.nan}, "--learning-rate must be positive"),
         ({"seed": -1}, "--seed"),

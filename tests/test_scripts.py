@@ -164,6 +164,31 @@ def test_the_example_with_images(tmp_path, monkeypatch, mode):
         assert film.n_frames > 50
 
 
+@pytest.mark.filterwarnings("default")
+def test_what_the_wrapper_of_deepmind_control_shows(monkeypatch):
+    """Red of the frame, and a stripe for each dimension of the last action, none at first; states
+    with noise of the given size."""
+    pytest.importorskip("dm_control", reason="dm_control is not one of the six packages")
+    monkeypatch.syspath_prepend(ROOT / "benchmark" / "outside")
+    import dmc
+
+    env = dmc.make_vec("ball_in_cup", "catch", 2, 4, "image")
+    obs, _ = env.reset(seed=[3, 4])
+    assert env.horizon == 250 and obs.shape == (2, 2, 64, 64) and set(obs[:, 1].flat) == {128}
+    obs, *_ = env.step(np.array([[-1, 0.5], [9, 0]]))
+    assert set(obs[0, 1, :32].flat) == {0} and set(obs[0, 1, 32:].flat) == {191}
+    assert set(obs[1, 1, :32].flat) == {255} and set(obs[1, 1, 32:].flat) == {128}
+    red = env.render()[0][..., 0].astype(float).reshape(64, 2, 64, 2).mean((1, 3))
+    assert np.abs(obs[0, 0] - red).max() <= 0.5 and np.ptp(red) > 50
+
+    states = []
+    for noise in (0.0, np.array([0, 0, 0, 0, 1e-3])):
+        env = dmc.make_vec("cartpole", "swingup", 12, 8, "state", noise=noise)
+        states.append(env.reset(seed=1)[0])
+    difference = states[1] - states[0]
+    assert (difference[:, :4] == 0).all() and 4e-4 < difference[:, 4].std() < 2e-3
+
+
 # --- The run's folder, and what is told meanwhile --------------------------------------------
 
 

@@ -5,7 +5,7 @@
 and, where no screen is there, the libraries of `MUJOCO_GL=egl` (Debian: libegl1, libgl1-mesa-dri).
 README.md shows the lines of curl.py that change. An action is repeated, as the papers have it, and
 rewards add up: a step of the environment here is `repeat` of theirs, and an episode of 1,000 of
-theirs has 1,000 / repeat.
+theirs has 1,000 / repeat. An image is the red channel, where bodies stand out from floor and sky.
 """
 
 from functools import partial
@@ -16,19 +16,21 @@ from dm_control import suite
 from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-SIZE, GREY = 64, (0.299, 0.587, 0.114)  # pixels of a side; weights of red, green and blue
+SIZE = 64  # pixels of a side
 FAST = {"shadow": False, "reflection": False}  # seven times as fast without
 
 
 class DMC(gym.Env):
-    """One task. Observations uint8 (1, 64, 64) or float32 (D,), actions scaled to [-1, 1]."""
+    """One task. Observations uint8 (1, 64, 64) or float32 (D,), actions scaled to [-1, 1]. `noise`,
+    a standard deviation for each dimension of a state, makes states as uncertain as images are."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 15}
 
-    def __init__(self, domain, task, repeat, observation, render_mode=None):
+    def __init__(self, domain, task, repeat, observation, render_mode=None, noise=0.0):
         self.task = suite.load(domain, task)
         self.task.physics.model.vis.quality.offsamples = 0  # `_see` smooths, faster
         self.repeat, self.observation, self.render_mode = repeat, observation, render_mode
+        self.noise = noise
         spec = self.task.action_spec()
         self.low, self.high = spec.minimum, spec.maximum
         self.action_space = Box(-1, 1, spec.shape, np.float32)
@@ -54,9 +56,10 @@ class DMC(gym.Env):
 
     def _see(self, step):
         if self.observation == "image":
-            grey = (self.render() @ GREY).reshape(SIZE, 2, SIZE, 2).mean((1, 3))
-            return grey.round().astype(np.uint8)[None]
-        return np.concatenate([np.ravel(x) for x in step.observation.values()], dtype=np.float32)
+            red = self.render()[..., 0].reshape(SIZE, 2, SIZE, 2).mean((1, 3))
+            return red.round().astype(np.uint8)[None]
+        state = np.concatenate([np.ravel(x) for x in step.observation.values()])
+        return np.float32(state + self.noise * self.np_random.normal(size=len(state)))
 
     def render(self):
         physics, size = self.task.physics, 2 * SIZE
