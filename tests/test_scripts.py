@@ -155,6 +155,7 @@ def test_the_example_with_images(tmp_path, monkeypatch, mode):
     pytest.importorskip("dm_control", reason="dm_control is not one of the six packages")
     (tmp_path / "elsewhere.py").write_text(source)
     flags = flags_of("curl", mode=mode, device="cpu", total_steps=250, eval_episodes=1)
+    flags += ["--past-actions=2", "--patch=8"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT / "benchmark" / "outside")
     run_as_program(monkeypatch, "elsewhere.py", *flags, "--out=run")
@@ -166,18 +167,14 @@ def test_the_example_with_images(tmp_path, monkeypatch, mode):
 
 @pytest.mark.filterwarnings("default")
 def test_what_the_wrapper_of_deepmind_control_shows(monkeypatch):
-    """Red of the frame, and a stripe for each dimension of the last action, none at first; states
-    with noise of the given size."""
+    """The red of the frame; states, with noise of the given size."""
     pytest.importorskip("dm_control", reason="dm_control is not one of the six packages")
     monkeypatch.syspath_prepend(ROOT / "benchmark" / "outside")
     import dmc
 
     env = dmc.make_vec("ball_in_cup", "catch", 2, 4, "image")
     obs, _ = env.reset(seed=[3, 4])
-    assert env.horizon == 250 and obs.shape == (2, 2, 64, 64) and set(obs[:, 1].flat) == {128}
-    obs, *_ = env.step(np.array([[-1, 0.5], [9, 0]]))
-    assert set(obs[0, 1, :32].flat) == {0} and set(obs[0, 1, 32:].flat) == {191}
-    assert set(obs[1, 1, :32].flat) == {255} and set(obs[1, 1, 32:].flat) == {128}
+    assert env.horizon == 250 and obs.shape == (2, 1, 64, 64) and obs.dtype == np.uint8
     red = env.render()[0][..., 0].astype(float).reshape(64, 2, 64, 2).mean((1, 3))
     assert np.abs(obs[0, 0] - red).max() <= 0.5 and np.ptp(red) > 50
 
