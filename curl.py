@@ -62,7 +62,7 @@ Differs from the paper
        was chosen with mode curl at 0 distractors.
     7. New, and off here: --past-actions 2 tells critic and actor, beside z, what was done between
        the frames of a stack, and --patch 8 sees more finely. Where things have momentum, frames
-       show velocity poorly: in cartpole this lifts mode rad from 500 to RETURN.
+       show velocity poorly: with both, mode rad gets 868 on cartpole, without 509.
 
 Run
     python curl.py
