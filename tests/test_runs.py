@@ -418,6 +418,7 @@ FIRST = {  # flags of one variant only
 }
 PIXELS = {"mode": "curl", "z_dim": 8, "hidden": 8, "batch_size": 4}
 IN_CURL = {"encoder_tau": 0.9, "frame_stack": 2, "pad": 2, "z_dim": 12, "mode": "rad"}
+IN_CURL |= {"patch": 8, "past_actions": 2}
 
 
 def weights(script, out, **changes):
