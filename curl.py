@@ -42,8 +42,8 @@ Equations
 Notation
     f the encoder, bars: slow copies, prime: next step, τ and τ̄ (--tau, --encoder-tau) how fast
     they follow. N environments, T steps of an episode, B batch, S frames of a stack, Z size of the
-    code, A of an action, P past actions, F what the convolutions give, K objects, E episodes and M
-    frames of the probe.
+    code, A of an action, P past actions (s includes them), F what the convolutions give, K objects,
+    E episodes and M frames of the probe.
 
 Differs from the paper
     1. One optimiser for critic, encoder and W, on the sum of both losses; the authors' release
@@ -60,9 +60,9 @@ Differs from the paper
     6. γ = 0.2 instead of 0.99: the next reward tells nearly all. Learning rate 3e-3, falling to
        zero, instead of 1e-3 (α: 1e-4); α starts at 0.01, not 0.1. No action repeat. All of this
        was chosen with mode curl at 0 distractors.
-    7. New, and off here: --past-actions 2 tells critic and actor, beside z, what was done between
-       the frames of a stack, and --patch 8 sees more finely. Where things have momentum, frames
-       show velocity poorly: with both, mode rad gets 868 on cartpole, without 509.
+    7. Not in the paper, and off here: --past-actions 2 tells critic and actor what was done between
+       the frames of a stack, for these show velocities poorly; --patch 8 has larger patches, which
+       overlap, and twice the filters. What they do for DeepMind Control: benchmark/README.md.
 
 Run
     python curl.py
@@ -127,8 +127,8 @@ class Args:
     encoder_tau: float = 0.05  # τ̄, how fast the key encoder follows
     alpha: float = 0.01  # α at the start, for rewards in units of their standard deviation
     frame_stack: int = 3  # frames that the encoder sees at once (S)
-    patch: Literal[4, 8] = 4  # pixels of a side of the first patches; at 8 they overlap: finer
-    past_actions: int = 0  # that critic and actor are told beside z: frames do not show them
+    patch: Literal[4, 8] = 4  # pixels of a side of the first patches; at 8 they overlap
+    past_actions: int = 0  # that critic and actor are told (P): frames do not show them
     pad: int = 4  # a shift is by at most this many pixels
     z_dim: int = 50  # size of the code (Z)
     hidden: int = 256  # units of each of the two hidden layers of policy and critic
@@ -175,7 +175,7 @@ class Args:
 
 
 def patch_convolutions(channels, patch=4):
-    """A patch of pixels at every fourth, then 3 x 3 of them at every second: (B, S, 64, 64) ->
+    """A patch at every fourth pixel, then 3 x 3 of them at every second: (B, S, 64, 64) ->
     (B, 2048)."""
     first = nn.Conv2d(channels, 4 * patch, patch, stride=4, padding=patch // 2 - 2)
     second = nn.Conv2d(4 * patch, 32, 3, stride=2, padding=1)
@@ -465,9 +465,9 @@ class FrameReplay:
 
 
 def sample_views(replay, rng, agent, args):
-    """A batch as `update_critic_and_encoder` takes it: tensors x (B, S, 64, 64) or (B, D), a, r,
-    x_next, terminated, and views `query` and `key` of the same stacks, where the mode needs them.
-    Every view is shifted by offsets of its own."""
+    """A batch as `update_critic_and_encoder` takes it: tensors x (B, S, 64, 64) or (B, D), a
+    (B, A + P A), the action and those before it, r, x_next, terminated, and views `query` and `key`
+    of the same stacks, where the mode needs them. Every view is shifted by offsets of its own."""
 
     def shift(stacks):
         offsets = rng.integers(2 * args.pad + 1, size=(2, len(stacks)))
@@ -504,7 +504,8 @@ def remembering(policy, frames):
 
 
 def without_noise(agent, num_envs, args):
-    """The agent's policy of single observations, for one episode of each environment."""
+    """The agent's policy of single observations, for one episode of each environment: it remembers
+    frames and actions."""
     past = np.zeros((num_envs, args.past_actions * agent.action_dim))
 
     def act(stacks):

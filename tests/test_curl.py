@@ -91,7 +91,7 @@ def test_networks():
     ("patch", "filters", "rows", "columns"), [(4, 16, {7}, {8}), (8, 32, {6, 7}, {7, 8})]
 )
 def test_patches(patch, filters, rows, columns):
-    """Every pixel is in one patch of 4 x 4, or in four of 8 x 8, which have the same centres."""
+    """A pixel is in one patch of 4 x 4, or in four of 8 x 8, which have the same centres."""
     args = curl.Args(**TINY, patch=patch, frame_stack=2)
     agent = curl.CURLAgent(curl.make_env(args, 1).single_observation_space, 2, args, "cpu")
     frames = torch.zeros(1, 2, 64, 64)

@@ -1,9 +1,10 @@
-"""What does the code of a finished run of curl.py tell of cartpole, near the top, where it matters?
+"""What does the code of a finished run of curl.py tell of cartpole, around the top?
 
     MUJOCO_GL=egl python benchmark/outside/pole.py RUN/checkpoint.pt
 
 A small network is trained with labels to read the state off codes z of three frames in random
-poses. Prints root mean square errors on other poses: what critic and actor cannot know from z.
+poses. Prints root mean square errors on other poses: how much is easily read off z, which is all
+that the critic sees of a frame (the actor has a head of its own).
 """
 
 import sys
