@@ -561,7 +561,8 @@ def save_gif(path, frames):
     from PIL import Image
 
     rows = [np.concatenate([np.pad(i, ((3, 3), (3, 3), (0, 0))) for i in row], 1) for row in frames]
-    first, *rest = [Image.fromarray(row).quantize(16) for row in rows]
+    tree = Image.Quantize.FASTOCTREE  # the default loses the colours of small things
+    first, *rest = [Image.fromarray(row).quantize(64, tree) for row in rows]
     first.save(path, save_all=True, append_images=rest, loop=0, duration=100)  # ms a frame
 
 

@@ -590,6 +590,17 @@ def test_gif(tmp_path):
             assert image[:3].max() < 10 and image[:, 8:14].max() < 10
 
 
+def test_gif_keeps_the_colour_of_small_things(tmp_path):
+    """A few orange pixels before a ground of hundreds of blues, as other environments have it."""
+    frame = np.random.default_rng(0).integers(0, 100, (64, 64, 3)).astype(np.uint8)
+    frame[..., 0] //= 4
+    frame[30:32, 30:32] = (230, 120, 30)
+    sprites_env.save_gif(tmp_path / "film.gif", [(frame,)])
+    with Image.open(tmp_path / "film.gif") as film:
+        seen = np.asarray(film.convert("RGB")).astype(int)[33:35, 33:35]
+    assert np.abs(seen - (230, 120, 30)).max() < 40
+
+
 def test_curve():
     rows = [{"step": 10, "mse_a": 4.0, "r2": 0.1}, {"step": 30, "mse_a": 2.0, "r2": 0.3}]
     panels = [("an error", ["mse_a"]), ("R²", ["r2", "mse_a"])]
