@@ -149,8 +149,9 @@ def test_the_example_of_the_readme(tmp_path, monkeypatch, name):
 
 @pytest.mark.filterwarnings("default")  # of other people's packages
 @pytest.mark.parametrize("mode", ["rad", "state"])
-def test_the_example_with_images(tmp_path, monkeypatch, mode):
-    """The lines of curl.py that the README changes for DeepMind Control are there, and work."""
+def test_the_example_with_images(tmp_path, monkeypatch, capsys, mode):
+    """The lines of curl.py that the README changes for DeepMind Control are there, and work; what
+    is saved acts again as it did."""
     source = example("curl", 2)
     pytest.importorskip("dm_control", reason="dm_control is not one of the six packages")
     (tmp_path / "elsewhere.py").write_text(source)
@@ -163,6 +164,13 @@ def test_the_example_with_images(tmp_path, monkeypatch, mode):
     assert 0 < summary["eval_return_mean"] < 1000 and "score" not in summary
     with Image.open("run/rollout.gif") as film:
         assert film.n_frames > 50
+
+    import evaluate
+
+    capsys.readouterr()
+    evaluate.main(evaluate.Args(Path("run"), episodes=1))
+    mean = float(capsys.readouterr().out.split()[1])
+    assert abs(mean - summary["eval_return_mean"]) < 0.1
 
 
 @pytest.mark.filterwarnings("default")
