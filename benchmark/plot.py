@@ -31,6 +31,7 @@ from rows import (
     KEPT,
     MODES,
     NEW_TASKS,
+    OUTSIDE,
     PARTS,
     PRETEXTS,
     RESULTS,
@@ -56,6 +57,7 @@ from tables import (
     curl_table,
     grasp_table,
     library_table,
+    outside_table,
     pretext_table,
     pretraining_table,
     psrl_table,
@@ -493,6 +495,24 @@ def pretext_decoded(curves, finals):
     return figure
 
 
+def outside_figure(curves, finals):
+    """Return in DeepMind Control against steps of theirs, and what the papers report at the end."""
+    figure, axes = panels(11, 4.2, 1, 2, sharey=True)
+    for axis, (task, (repeat, papers)) in zip(axes, OUTSIDE.items()):
+        rows = [row | {"step": repeat * row["step"]} for row in curves if row["task"] == task]
+        for mode, style, here in split(where(rows, variant="usual"), MODES):
+            draw_curve(axis, here, "eval_return", mode, style)
+            colour = COLOURS[style[0]]
+            x = 103 + 3 * list(papers).index(mode)  # side by side
+            axis.plot(x, papers[mode], "D", color=colour, mec="white", ms=7, zorder=3)
+        axis.plot([], [], "D", color="grey", label="paper, at 100")
+        axis.set(xlabel="DeepMind's steps (thousands)", ylim=(0, 1000))
+        axis.set_title(task.replace("_", " "))
+    axes[0].set_ylabel("return of an episode")
+    figure.legend(*axes[0].get_legend_handles_labels(), **BELOW)
+    return figure
+
+
 # --- Everything together ---------------------------------------------------------------------
 
 STUDIES = {  # what is made of its results: figures by file, tables by name
@@ -529,6 +549,7 @@ STUDIES = {  # what is made of its results: figures by file, tables by name
     },
     "cc_rig": {"cc_rig.png": context_figure, "imagined goals in context": context_table},
     "grasp2vec": {"grasp2vec.png": grasp_figure, "objects by subtraction": grasp_table},
+    "outside": {"outside.png": outside_figure, "outside Sprites": outside_table},
 }
 PICTURES = {  # what runs have drawn: file in the results, and in runs/study/
     "rollout.gif": "ppo_encoder/reward_prediction_d2_s1_n250000/rollout.gif",

@@ -12,6 +12,7 @@ from rows import (
     KEPT,
     MODES,
     NEW_TASKS,
+    OUTSIDE,
     PARTS,
     PRETEXTS,
     RETURN,
@@ -310,6 +311,18 @@ def pretext_table(curves, finals, distractors):
     titles = "objective | its own measure | sd of z | agent | agent's displacement | target"
     titles += " | target's velocity" + " | distractors" * bool(distractors)
     return table(f"{titles} | return, PPO on the frozen encoder", lines)
+
+
+def outside_table(curves, finals):
+    """Returns in DeepMind Control, beside the papers'."""
+    lines = []
+    for task, (_, papers) in OUTSIDE.items():
+        for mode, _, rows in split(where(finals, task=task, variant="usual"), MODES):
+            returns, lengths = (values_of(rows, name) for name in ("return_of_20", "minutes"))
+            name = f"{task.replace('_', ' ')}, `{mode}`"
+            cells = [name, each(rows, "return_of_20", "0f"), f"{returns.mean():.0f}"]
+            lines.append([*cells, str(papers[mode]), f"{min(lengths):.0f} to {max(lengths):.0f}"])
+    return table(f"| returns, seeds {seeds(finals)} | mean | paper | minutes", lines)
 
 
 def measured(row, *names):
