@@ -43,6 +43,7 @@ from rows import (
     from_scratch,
     interval,
     kept,
+    outside,
     read,
     runs_of,
     split,
@@ -499,12 +500,12 @@ def outside_figure(curves, finals):
     """Return in DeepMind Control against steps of theirs, and what the papers report at the end."""
     figure, axes = panels(11, 4.2, 1, 2, sharey=True)
     for axis, (task, (repeat, papers)) in zip(axes, OUTSIDE.items()):
-        rows = [row | {"step": repeat * row["step"]} for row in curves if row["task"] == task]
-        for mode, style, here in split(where(rows, variant="usual"), MODES):
+        rows = [row | {"step": repeat * row["step"]} for row in outside(curves, task)]
+        for mode, style, here in split(rows, MODES):
             draw_curve(axis, here, "eval_return", mode, style)
-            colour = COLOURS[style[0]]
-            x = 103 + 3 * list(papers).index(mode)  # side by side
-            axis.plot(x, papers[mode], "D", color=colour, mec="white", ms=7, zorder=3)
+            x = 103 + 3 * list(MODES).index(mode)  # side by side
+            options = {"color": COLOURS[style[0]], "mec": "white", "ms": 7, "zorder": 3}
+            axis.plot(x, papers[mode], "D", **options)
         axis.plot([], [], "D", color="grey", label="paper, at 100")
         axis.set(xlabel="DeepMind's steps (thousands)", ylim=(0, 1000))
         axis.set_title(task.replace("_", " "))

@@ -135,6 +135,12 @@ def usual(rows):
     return where(rows, total_steps=min(values_of(rows, "total_steps")))
 
 
+def outside(rows, task):
+    """Runs in DeepMind Control as its table has them: images with the flags that did best."""
+    best = {"updates": 4, "patch": 8, "past_actions": 2}
+    return where(rows, task=task, mode="state") + where(rows, task=task, **best)
+
+
 def interval(values):
     """(mean, low, high) over axis 0 (seeds): 95 % percentile bootstrap. values (S, ...)."""
     values = np.asarray(values)

@@ -22,6 +22,7 @@ from rows import (
     from_scratch,
     interval,
     kept,
+    outside,
     read,
     runs_of,
     split,
@@ -317,7 +318,7 @@ def outside_table(curves, finals):
     """Returns in DeepMind Control, beside the papers'."""
     lines = []
     for task, (_, papers) in OUTSIDE.items():
-        for mode, _, rows in split(where(finals, task=task, variant="usual"), MODES):
+        for mode, _, rows in split(outside(finals, task), MODES):
             returns, lengths = (values_of(rows, name) for name in ("return_of_20", "minutes"))
             name = f"{task.replace('_', ' ')}, `{mode}`"
             cells = [name, each(rows, "return_of_20", "0f"), f"{returns.mean():.0f}"]

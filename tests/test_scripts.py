@@ -180,7 +180,7 @@ def test_what_the_wrapper_of_deepmind_control_shows(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmark" / "outside")
     import dmc
 
-    env = dmc.make_vec("ball_in_cup", "catch", 2, 4, "image")
+    env = dmc.make_vec("ball_in_cup", 2, "image")
     obs, _ = env.reset(seed=[3, 4])
     assert env.horizon == 250 and obs.shape == (2, 1, 64, 64) and obs.dtype == np.uint8
     red = env.render()[0][..., 0].astype(float).reshape(64, 2, 64, 2).mean((1, 3))
@@ -188,7 +188,7 @@ def test_what_the_wrapper_of_deepmind_control_shows(monkeypatch):
 
     states = []
     for noise in (0.0, np.array([0, 0, 0, 0, 1e-3])):
-        env = dmc.make_vec("cartpole", "swingup", 12, 8, "state", noise=noise)
+        env = dmc.make_vec("cartpole", 12, "state", noise=noise)
         states.append(env.reset(seed=1)[0])
     difference = states[1] - states[0]
     assert (difference[:, :4] == 0).all() and 4e-4 < difference[:, 4].std() < 2e-3

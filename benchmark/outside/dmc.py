@@ -16,25 +16,26 @@ from dm_control import suite
 from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
+TASKS = {"cartpole": ("swingup", 8), "ball_in_cup": ("catch", 4)}  # and repeats of an action
 SIZE = 64  # pixels of a side
 FAST = {"shadow": False, "reflection": False}  # seven times as fast without
 
 
 class DMC(gym.Env):
-    """One task. Observations uint8 (1, 64, 64) or float32 (D,), actions scaled to [-1, 1]. `noise`,
-    a standard deviation for each dimension of a state, makes states as uncertain as images are."""
+    """One of TASKS. Observations uint8 (1, 64, 64) or float32 (D,), actions scaled to [-1, 1].
+    `noise`: standard deviation of a fresh error in each dimension of a state."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 15}
 
-    def __init__(self, domain, task, repeat, observation, render_mode=None, noise=0.0):
-        self.task = suite.load(domain, task)
-        self.task.physics.model.vis.quality.offsamples = 0  # `_see` smooths, faster
-        self.repeat, self.observation, self.render_mode = repeat, observation, render_mode
-        self.noise = noise
-        spec = self.task.action_spec()
+    def __init__(self, domain, observation, render_mode=None, noise=0.0):
+        task, self.repeat = TASKS[domain]
+        self.original = suite.load(domain, task)
+        self.original.physics.model.vis.quality.offsamples = 0  # `_see` smooths, faster
+        self.observation, self.render_mode, self.noise = observation, render_mode, noise
+        spec = self.original.action_spec()
         self.low, self.high = spec.minimum, spec.maximum
         self.action_space = Box(-1, 1, spec.shape, np.float32)
-        size = sum(int(np.prod(x.shape)) for x in self.task.observation_spec().values())
+        size = sum(int(np.prod(x.shape)) for x in self.original.observation_spec().values())
         images = Box(0, 255, (1, SIZE, SIZE), np.uint8)
         states = Box(-np.inf, np.inf, (size,), np.float32)
         self.observation_space = images if observation == "image" else states
@@ -42,13 +43,13 @@ class DMC(gym.Env):
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
         if seed is not None:
-            self.task.task.random.seed(seed % 2**32)
-        return self._see(self.task.reset()), {}
+            self.original.task.random.seed(seed % 2**32)
+        return self._see(self.original.reset()), {}
 
     def step(self, action):
         action, reward = self.low + (np.asarray(action) + 1) / 2 * (self.high - self.low), 0.0
         for _ in range(self.repeat):
-            step = self.task.step(action)
+            step = self.original.step(action)
             reward += step.reward
             if step.last():
                 break
@@ -62,14 +63,35 @@ class DMC(gym.Env):
         return np.float32(state + self.noise * self.np_random.normal(size=len(state)))
 
     def render(self):
-        physics, size = self.task.physics, 2 * SIZE
+        physics, size = self.original.physics, 2 * SIZE
         return physics.render(size, size, camera_id=0, render_flag_overrides=FAST)
 
 
-def make_vec(domain, task, num_envs, repeat, observation, **options):
+def make_vec(domain, num_envs, observation, **options):
     """Environments in lockstep that reset in the step that ends an episode; `horizon` is its
     number of steps."""
-    make = partial(DMC, domain, task, repeat, observation, **options)
+    make = partial(DMC, domain, observation, **options)
     env = SyncVectorEnv([make] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
-    env.horizon = 1000 // repeat
+    env.horizon = 1000 // TASKS[domain][1]
     return env
+
+
+def cartpole_near_the_top(observation, count, steps, rng):
+    """`count` times a random pose and `steps` random actions, kept where the pole ends within 0.5
+    rad of the top: observations (M, steps, ...), positions (M, steps, 2), actions (M, steps),
+    velocities after the last one (M, 2)."""
+    env, rows = DMC("cartpole", observation), []
+    env.reset(seed=0)
+    physics = env.original.physics
+    for actions in rng.uniform(-1, 1, (count, steps)):
+        env.original.reset()
+        with physics.reset_context():
+            physics.data.qpos[:] = rng.uniform(-1, 1), 0.2 * rng.normal()
+            physics.data.qvel[:] = 0.7 * rng.normal(), rng.normal()
+        seen, positions = [], []
+        for action in actions:
+            seen.append(env.step([action])[0])
+            positions.append(physics.data.qpos.copy())
+        if abs(positions[-1][1]) < 0.5:
+            rows.append((np.stack(seen), np.stack(positions), actions, physics.data.qvel.copy()))
+    return [np.stack(column) for column in zip(*rows)]

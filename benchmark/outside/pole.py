@@ -32,32 +32,19 @@ class Args:
     updates: int = 5_000  # gradient steps
 
 
-def random_stacks(count, rng):
-    """Frames uint8 (M, 3, 64, 64), and position and velocity (M, 4) when the last one was taken."""
-    env, stacks, states = dmc.DMC("cartpole", "swingup", 8, "image"), [], []
-    env.reset(seed=0)
-    physics = env.task.physics
-    for actions in rng.uniform(-1, 1, (count, 3, 1)):
-        env.task.reset()
-        with physics.reset_context():
-            physics.data.qpos[:] = rng.uniform(-1, 1), 0.3 * rng.normal()
-            physics.data.qvel[:] = 0.7 * rng.normal(), 1.2 * rng.normal()
-        stacks.append(np.concatenate([env.step(action)[0] for action in actions]))
-        states.append([*physics.data.qpos, *physics.data.qvel])
-    return np.stack(stacks), torch.tensor(states).float()
-
-
 def main(args):
     """Load the encoder, train on its codes, test."""
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
-    rng, train = np.random.default_rng(args.seed), args.poses * 3 // 4
+    rng = np.random.default_rng(args.seed)
     weights = torch.load(args.checkpoint, weights_only=True)["encoder"]
     z_dim, size = weights["1.0.weight"].shape
     patch = weights["0.0.weight"].shape[-1]
     encoder = nn.Sequential(curl.patch_convolutions(3, patch), curl.code_head(size, z_dim))
     encoder.load_state_dict(weights)
-    stacks, y = random_stacks(args.poses, rng)
+    seen, positions, _, velocities = dmc.cartpole_near_the_top("image", args.poses, 3, rng)
+    stacks, train = seen[:, :, 0], len(seen) * 3 // 4
+    y = torch.tensor(np.hstack([positions[:, -1], velocities])).float()
     with torch.no_grad():
         z = torch.cat([encoder(curl.to_tensor(part, "cpu")) for part in np.array_split(stacks, 12)])
     x, scale = (z - z.mean(0)) / z.std(0), y.std(0)
@@ -72,8 +59,8 @@ def main(args):
         optimizer.step()
     with torch.no_grad():
         error = network(x[train:]) * scale - y[train:]
-    for name, value in zip(NAMES, error.square().mean(0).sqrt().tolist()):
-        print(f"{name}: {value:.3f}")
+    for name, value, whole in zip(NAMES, error.square().mean(0).sqrt(), y.std(0)):
+        print(f"{name}: {value:.3f} (standard deviation {whole:.3f})")
 
 
 if __name__ == "__main__":
